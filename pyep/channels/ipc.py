@@ -1,0 +1,92 @@
+"""Transport "ipc": GPU memory that the processes of one host open in each other through CUDA IPC.  Nothing to build."""
+import ctypes
+
+import numpy as np
+from cuda.bindings import runtime
+
+from ..errors import EPTransportError
+from .memory import RECORD
+from .transport import Transport, require_one_host
+
+
+def call(function, *args):
+    """A CUDA runtime call; EPTransportError with CUDA's words if it fails."""
+    error, *results = function(*args)
+    if error != runtime.cudaError_t.cudaSuccess:
+        _, text = runtime.cudaGetErrorString(error)
+        raise EPTransportError(f"{function.__name__} failed: {text.decode()}")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+class IpcTransport(Transport):
+    """CUDA IPC between the GPUs of one host; several ranks may share a GPU."""
+
+    name = "ipc"
+
+    def __init__(self, bootstrap, nbytes, timeout_s):
+        require_one_host(bootstrap, self.name)
+        self._own = self._pinned = None
+        self._opened = []
+        try:
+            self._open(bootstrap, nbytes)
+            bootstrap.meet(timeout_s, "Buffer: opening the peers' GPU memory")
+        except Exception:
+            self.close(lambda: None)
+            raise
+
+    def _open(self, bootstrap, nbytes):
+        device = call(runtime.cudaGetDevice)
+        buses = bootstrap.allgather(call(runtime.cudaDeviceGetPCIBusId, 32, device))
+        self._require_peer_access(device, buses)
+        self._own = call(runtime.cudaMalloc, nbytes)
+        call(runtime.cudaMemset, self._own, 0, nbytes)
+        call(runtime.cudaDeviceSynchronize)
+        handles = bootstrap.allgather(bytes(call(runtime.cudaIpcGetMemHandle, self._own).reserved))
+        for rank, raw in enumerate(handles):
+            self._opened.append(self._own if rank == bootstrap.rank else self._open_handle(raw))
+        self.peers = [int(p) for p in self._opened]
+        self.base = int(self._own)
+        self._pinned = call(runtime.cudaHostAlloc, 8 * len(RECORD), runtime.cudaHostAllocMapped)
+        ctypes.memset(int(self._pinned), 0, 8 * len(RECORD))
+        self.status = int(call(runtime.cudaHostGetDevicePointer, self._pinned, 0))
+
+    @staticmethod
+    def _require_peer_access(device, buses):
+        for rank, bus in enumerate(buses):
+            error, peer = runtime.cudaDeviceGetByPCIBusId(bus)
+            if error != runtime.cudaError_t.cudaSuccess:
+                raise EPTransportError(f"the GPU of rank {rank} ({bus.decode()}) is hidden from this process: "
+                                       "let every rank see all GPUs (CUDA_VISIBLE_DEVICES)")
+            if peer != device and not call(runtime.cudaDeviceCanAccessPeer, device, peer):
+                raise EPTransportError(f"GPU {device} cannot access the memory of GPU {peer} (rank {rank}): no NVLink or PCIe "
+                                       "peer-to-peer path; see `nvidia-smi topo -p2p r`")
+
+    @staticmethod
+    def _open_handle(raw):
+        handle = runtime.cudaIpcMemHandle_t()
+        handle.reserved = raw
+        return call(runtime.cudaIpcOpenMemHandle, handle, runtime.cudaIpcMemLazyEnablePeerAccess)
+
+    def fill(self, offset, nbytes, value):
+        call(runtime.cudaMemset, self.base + offset, value, nbytes)
+        call(runtime.cudaDeviceSynchronize)
+
+    def write(self, offset, words):
+        call(runtime.cudaMemcpy, self.base + offset, words.ctypes.data, words.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        call(runtime.cudaDeviceSynchronize)
+
+    def read_status(self):
+        return np.ctypeslib.as_array((ctypes.c_int64 * len(RECORD)).from_address(int(self._pinned))).tolist()
+
+    def close(self, meet):
+        # Errors are ignored: after a kernel fault every call fails, and the process is about to end.
+        for address in self._opened:
+            if address is not self._own:
+                runtime.cudaIpcCloseMemHandle(address)
+        self._opened = []
+        meet()                                                   # nobody maps what is freed now
+        if self._own is not None:
+            runtime.cudaFree(self._own)
+        if self._pinned is not None:
+            runtime.cudaFreeHost(self._pinned)
+        self._own = self._pinned = None

@@ -1,0 +1,147 @@
+"""Device half of a MemoryChannel: put, signal and wait through addresses that this rank maps.
+
+Two kinds of waits.  A *counter* carries its epoch: it has come when the epoch is the one waited for (or a later one).  *Data*
+announces itself: a word or row has come when none of its 32-bit words is the absence value; who reads it puts that value
+back, so that the slot is ready for the next sender.
+
+Every wait ends.  The first thread of a rank whose wait lasts longer than the timeout writes a record for the host, and all
+waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.
+
+`watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
+`pyep.low_latency`).
+"""
+from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_acquire, ld8_relaxed, ld16_relaxed, pause, st8, st8_relaxed,
+                            st8_release, st16, swap8_if)
+from ..kernels.op import rare
+
+STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control
+
+ABSENT = -1                                     # a word that has not come
+LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and start over: neither 0 nor 0xffffffff is one
+RECORD = ("state", "wait", "peer", "offset", "expected", "seen", "epoch")      # the words of the status block
+
+
+def next_epoch(epoch):
+    """The epoch after `epoch`; parity alternates across the wrap-around too."""
+    return 1 if epoch >= LAST_EPOCH else epoch + 1
+
+
+def previous_epoch(epoch):
+    return LAST_EPOCH if epoch <= 1 else epoch - 1
+
+
+def reached(epoch, goal):
+    """Whether `epoch` is `goal` or later: by their distance modulo 2**32, so that wrap-around does not matter."""
+    return (epoch - goal) & 0x80000000 == 0
+
+
+def peer(base, rank):
+    """The address at which this rank maps the symmetric memory of `rank`."""
+    return ld8(base + PEERS + 8 * rank)
+
+
+def signal(counter, epoch, value):
+    """Set a counter (in any rank's memory) after everything this thread has seen or stored."""
+    st8_release(counter, (epoch << 32) | value)
+
+
+# ---- giving up -------------------------------------------------------------------------------------------------------
+
+def report(watch, wait, source, address, expected, seen):
+    """Write the record for the host, unless another thread was first; all waits of this rank end from now on."""
+    base, _, epoch = watch
+    if swap8_if(base + FAILED, 0, 1) == 0:
+        status = ld8(base + STATUS)
+        st8(status + 8, wait)
+        st8(status + 16, source)
+        st8(status + 24, address - base)
+        st8(status + 32, expected)
+        st8(status + 40, seen)
+        st8(status + 48, epoch)
+        st8_release(status, 1)
+
+
+def patience(deadline, watch, wait, source, address, expected, seen):
+    """A waiting thread calls this now and then: its deadline (0: none set yet), or -1 when it must give up."""
+    base, timeout, _ = watch
+    now = clock_ns()
+    pause(20)
+    if deadline == 0:
+        deadline = now + timeout
+    if ld8_relaxed(base + FAILED) != 0:
+        return -1
+    if now > deadline:
+        report(watch, wait, source, address, expected, seen)
+        return -1
+    return deadline
+
+
+# ---- waiting ---------------------------------------------------------------------------------------------------------
+
+@rare
+def wait_count(watch, wait, source, counter):
+    """Wait until a counter has this operation's epoch; the count it carries."""
+    epoch = watch[2]
+    value = ld8_acquire(counter)
+    deadline, polls = 0, 0
+    while (value >> 32) & 0xFFFFFFFF != epoch and deadline >= 0:
+        polls += 1
+        if polls & 15 == 0:
+            deadline = patience(deadline, watch, wait, source, counter, epoch, value)
+        value = ld8_acquire(counter)
+    return value & 0xFFFFFFFF if deadline >= 0 else 0
+
+
+@rare
+def wait_epoch(watch, wait, source, counter, goal):
+    """Wait until the epoch that a counter holds has reached `goal`."""
+    value = ld8_acquire(counter)
+    deadline, polls = 0, 0
+    while not reached(value, goal) and deadline >= 0:
+        polls += 1
+        if polls & 15 == 0:
+            deadline = patience(deadline, watch, wait, source, counter, goal, value)
+        value = ld8_acquire(counter)
+
+
+@rare
+def wait_word(watch, wait, source, address):
+    """Poll a word of data until it has come; 0 if it never did."""
+    value = ABSENT
+    deadline, polls = 0, 0
+    while value == ABSENT and deadline >= 0:
+        polls += 1
+        if polls & 15 == 0:
+            deadline = patience(deadline, watch, wait, source, address, 0, value)
+        value = ld8_relaxed(address)
+    return value if deadline >= 0 else 0
+
+
+def take_word(watch, wait, source, address):
+    """Wait for a word of data and take it out of its slot; 0 if it never came."""
+    value = ld8_relaxed(address)
+    if value == ABSENT:
+        value = wait_word(watch, wait, source, address)
+    st8_relaxed(address, ABSENT)
+    return value
+
+
+@rare
+def wait16(watch, wait, source, address):
+    """Poll 16 bytes of a row until they have come, or for ever in vain."""
+    value = absence()
+    deadline, polls = 0, 0
+    while absent(value) != 0 and deadline >= 0:
+        polls += 1
+        if polls & 15 == 0:
+            deadline = patience(deadline, watch, wait, source, address, 0, ABSENT)
+        value = ld16_relaxed(address)
+    return value
+
+
+def take16(value, watch, wait, source, address):
+    """Wait for 16 bytes of a row and take them out of their slot.  `value`: what a first look at them has shown."""
+    if absent(value) != 0:
+        value = wait16(watch, wait, source, address)
+    st16(address, absence())
+    return value

@@ -1,0 +1,25 @@
+"""What pyep raises.  Wrong types and values of arguments are plain `TypeError` and `ValueError`."""
+
+
+class EPError(RuntimeError):
+    """Base of all errors below.  After one of them a `Buffer` can only be destroyed."""
+
+
+class EPTimeoutError(EPError):
+    """A wait ended without what it waited for: the message says which operation, which peer, what was expected and seen."""
+
+
+class EPRoutingError(EPError, ValueError):
+    """A kernel met an expert index that does not exist, or a token that names an expert more often than there is room."""
+
+
+class EPBufferTooSmallError(EPError):
+    """The buffer has fewer bytes than the operation needs."""
+
+
+class EPTransportError(EPError):
+    """A transport cannot be used here: the message says what is missing and what to install or set."""
+
+
+class EPClosedError(EPError):
+    """The buffer was destroyed, or an earlier error made it unusable."""

@@ -1,0 +1,90 @@
+"""Kernels on the CPU: Numba compiles them, every GPU thread of every block is an OS thread running machine code."""
+import ctypes
+import inspect
+import os
+import threading
+
+import numba
+from numba import int64, void
+
+from . import cache, llvm
+from .op import Cpu, bind
+
+
+def compile_kernel(fn, machine, constants):
+    """`fn` as a Numba function over int64 that releases the interpreter lock; from the disk cache if it is there."""
+    name, folder = cache.key(fn, machine, constants), cache.directory("cpu")
+    bound = bind(fn, machine, **constants)
+    bound.__name__ = bound.__qualname__ = name            # Numba's own cache looks at the name, not at the constants
+    signature = void(*[int64] * len(inspect.signature(fn).parameters))
+    saved, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        with cache.one_at_a_time(folder, name):
+            return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(bound)
+    finally:
+        numba.config.CACHE_DIR = saved
+
+
+class CpuKernel:
+    """A compiled kernel: `launch(stream, *ints)` runs it to its end (`stream` is for the GPU's sake, and ignored)."""
+
+    def __init__(self, fn, blocks, machine, shared_bytes, constants):
+        self.run = compile_kernel(fn, machine, constants)
+        self._contexts = [c for block in range(blocks) for c in self._block(block, blocks, machine, shared_bytes)]
+
+    def _block(self, block, blocks, machine, shared_bytes):
+        """The contexts of one block's threads, which share barriers, exchange words and shared memory."""
+        barriers = (ctypes.c_int64 * (8 * (2 + machine.threads // machine.warp)))()
+        exchange = (ctypes.c_int64 * machine.threads)()
+        shared = (ctypes.c_int64 * (shared_bytes // 8 + 1))()
+        self._keep = [*getattr(self, "_keep", ()), barriers, exchange, shared]
+        addresses = [ctypes.addressof(x) for x in (barriers, exchange, shared)]
+        for thread in range(machine.threads):
+            yield (ctypes.c_int64 * len(llvm.CONTEXT))(thread, block, blocks, *addresses)
+
+    def launch(self, stream, *args):
+        def thread(context):
+            llvm.enter(context)
+            self.run(*args)
+        others = [threading.Thread(target=thread, args=(c,)) for c in self._contexts[1:]]
+        for t in others:
+            t.start()
+        thread(self._contexts[0])
+        for t in others:
+            t.join()
+
+
+class CpuEngine:
+    """The CPU as an engine: `PYEP_CPU_SHAPE=blocks,threads,warp` (default 1,1,1, the fastest) is the shape of all launches."""
+
+    name, index = "cpu", 0
+
+    def __init__(self, shape=None):
+        text = shape or os.environ.get("PYEP_CPU_SHAPE") or "1,1,1"
+        try:
+            self.blocks, threads, warp = (int(n) for n in text.split(","))
+        except ValueError:
+            raise ValueError(f"PYEP_CPU_SHAPE is {text!r}; expected blocks,threads,warp, for instance 2,8,4") from None
+        if min(self.blocks, threads, warp) < 1 or threads % warp or warp > 32 or warp & (warp - 1):
+            raise ValueError(f"PYEP_CPU_SHAPE is {text!r}: the warp must be 1, 2, 4, 8, 16 or 32 and divide the threads")
+        self.machine = Cpu(threads, warp)
+
+    def threads_for_row(self, row_bytes):
+        """Threads of a block that moves rows: the shape decides."""
+        return self.machine.threads
+
+    def warps(self, threads):
+        return threads // self.machine.warp
+
+    def phases(self, operation):
+        """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need.
+
+        Sending and receiving at once gains nothing where threads take turns on a few cores, so there is no "both".
+        """
+        return ("send", self.blocks, self.blocks, 0), ("receive", self.blocks, 0, self.blocks)
+
+    def kernel(self, fn, blocks, threads, shared_bytes=0, **constants):
+        return CpuKernel(fn, blocks, self.machine, shared_bytes, constants)
+
+    def synchronize(self):
+        """Nothing runs once a call has returned."""

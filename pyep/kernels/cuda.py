@@ -1,0 +1,128 @@
+"""Kernels on an NVIDIA GPU: numba-cuda writes PTX, nvJitLink makes machine code of it, `cuda.core` launches it.
+
+`ptx` and `cubin` need no GPU.  Numba's own dispatcher is not used: it costs tens of microseconds a launch.
+"""
+import functools
+import inspect
+import os
+import re
+
+from cuda.bindings import driver, runtime
+from cuda.core import Device, LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, launch
+from numba import cuda, types
+
+from . import cache
+from .op import CUDA, bind
+
+LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
+
+
+def ptx(fn, threads, cc=(9, 0), **constants):
+    """PTX of a kernel for blocks of `threads`; its entry is named pyep_<function>."""
+    signature = types.void(*[types.int64] * len(inspect.signature(fn).parameters))
+    text, _ = cuda.compile_ptx(bind(fn, CUDA, **constants), signature, device=False, cc=cc, launch_bounds=(threads, 1))
+    return text.replace(re.search(r"\.entry (\w+)", text)[1], "pyep_" + fn.__name__)
+
+
+def link(text, cc=(9, 0)):
+    """(machine code, the assembler's report of registers, stack and spills) of PTX."""
+    options = LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}", ptxas_options=["-v"], verbose=True)
+    linker = Linker(ObjectCode.from_ptx(text.encode()), options=options)
+    return linker.link("cubin").code, linker.get_info_log()
+
+
+def cubin(fn, threads, cc, constants):
+    """Machine code of a kernel, from the disk cache if it is there."""
+    folder = cache.directory("cuda")
+    name = cache.key(fn, (CUDA, threads, cc), constants)
+    file = folder / (name + ".cubin")
+    with cache.one_at_a_time(folder, name):
+        if not file.exists():
+            code, _ = link(ptx(fn, threads, cc, **constants), cc)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(code)
+            partial.rename(file)                                 # whole or not at all, also if this process is killed
+        return file.read_bytes()
+
+
+class CudaKernel:
+    """A compiled kernel on one GPU: `launch(stream, *ints)`, `stream` being a CUstream as an int."""
+
+    def __init__(self, fn, device, blocks, threads, shared_bytes, constants):
+        self._kernel = ObjectCode.from_cubin(cubin(fn, threads, device.cc, constants)).get_kernel("pyep_" + fn.__name__)
+        if shared_bytes > LARGE_SHARED:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            error, = driver.cuKernelSetAttribute(attribute, shared_bytes, self._kernel.handle, driver.CUdevice(device.index))
+            if error:
+                raise RuntimeError(f"{fn.__name__} needs {shared_bytes} bytes of shared memory per block: {error.name}")
+        resident = self._kernel.occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes) * device.multiprocessors
+        if blocks > resident:
+            raise RuntimeError(f"{fn.__name__} wants {blocks} blocks of {threads} threads at once; this GPU holds {resident}")
+        # Cooperative: the driver starts all blocks together or none, whatever else runs on the GPU.
+        self._config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, is_cooperative=True)
+
+    def launch(self, stream, *args):
+        launch(_stream(stream), self._config, self._kernel, *args)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle):
+    """cuda.core's object for a stream that somebody else owns; making one costs more than a launch."""
+    return Stream.from_handle(handle)
+
+
+class CudaEngine:
+    """One GPU as an engine."""
+
+    name = "cuda"
+
+    def __init__(self, index):
+        device = Device(index)
+        device.set_current()
+        self.index, self.cc = index, tuple(device.compute_capability)
+        self.multiprocessors = device.properties.multiprocessor_count
+
+    def threads_for_row(self, row_bytes):
+        """Threads of a block that moves rows: one 16-byte vector each, as far as a block goes."""
+        return min(1024, -(-row_bytes // 512) * 32)
+
+    def warps(self, threads):
+        return threads // 32
+
+    def phases(self, operation):
+        """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need."""
+        blocks = self.multiprocessors
+        senders = max(1, blocks // 6) if operation == "dispatch" else blocks      # a sixth of the GPU fills the link
+        receivers = blocks - senders if operation == "dispatch" else blocks
+        return ("both", blocks, senders, receivers), ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
+
+    def kernel(self, fn, blocks, threads, shared_bytes=0, **constants):
+        return CudaKernel(fn, self, blocks, threads, shared_bytes, constants)
+
+    def synchronize(self):
+        """Wait until nothing runs on the GPU."""
+        Device(self.index).sync()
+
+
+def device_count():
+    """GPUs that this process sees; 0 without a driver."""
+    error, count = runtime.cudaGetDeviceCount()
+    return 0 if error else count
+
+
+def current_device():
+    """The GPU that the calling thread has chosen so far, or None."""
+    error, context = driver.cuCtxGetCurrent()
+    if error or not int(context):
+        return None
+    return int(driver.cuCtxGetDevice()[1])
+
+
+def stream_wait(stream, other):
+    """Make `stream` wait for all that was put on `other` so far (both CUstreams as ints)."""
+    _stream(stream).wait(_stream(other))
+
+
+def synchronize(stream):
+    """Make the host wait for a stream."""
+    _stream(stream).sync()

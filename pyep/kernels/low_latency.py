@@ -1,0 +1,450 @@
+"""Low-latency dispatch and combine (BF16, expert-major), for any number of ranks, blocks and threads.
+
+Dispatch.  A token crosses to a rank once, however many of that rank's experts it selects, into the slot of (source, token);
+beside it travel its routes (which experts it selects, to every rank) and places (which row of an expert it gets, to the
+expert's rank).  The receiver copies the row to every expert that wants it.  The place of a row follows from counts alone,
+so the rows of an expert are ordered by (source rank, source token, k) without sorting.
+
+Combine.  An expert's rank sends the output for (token, k) to the token's rank, which sums them in k order.
+
+Nobody waits for an answer.  A sender only makes sure that its peers are done with what it sent two operations ago
+(`consumed`), a receiver waits for data that announces itself.  Each operation signals every rank, also those it has no data
+for: to have finished operation n is to know that every rank has begun it, hence finished n - 1.
+
+Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive; they may overlap (one block plays both
+roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
+"""
+from ..channels.memory import (next_epoch, peer, previous_epoch, report, signal, take16, take_word, wait_count, wait_epoch)
+from .lang import (ballot, block_rank, fma8, lane, ld4_nc, ld8, ld8_nc, ld8_shared, ld16_nc, ld16_relaxed, ld16_relaxed_if, f32_of, num_blocks,
+                   num_threads, popc, present, shared, st4, st8, st8_relaxed, st8_shared, st16, st16_relaxed, syncthreads,
+                   thread_rank, to_bf16, udiv, umod, warp_size, zeros)
+
+# Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
+RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = ROW_BYTES = 0
+INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
+SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
+EPOCH = CONSUMED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = 0      # offsets in control memory, see pyep.layout
+PLACES = ROWS = 0                               # offsets in a half, see pyep.layout.LowLatency.dispatch
+
+# What a wait waits for; pyep.low_latency puts them in words.
+WAIT_CONSUMED, WAIT_BEGIN, WAIT_COUNT, WAIT_ROUTE, WAIT_PLACE, WAIT_ROW, WAIT_OUTPUT, BAD_EXPERT, NO_ROOM = range(1, 10)
+
+
+# ---- what both operations begin and end with -------------------------------------------------------------------------
+
+def this_epoch(base, lag):
+    """The epoch of this launch's operation: a new one if it sends, else the one sent `lag` operations before the latest."""
+    epoch = ld8(base + EPOCH + 8 * block_rank())
+    if SENDERS > 0:
+        return next_epoch(epoch)
+    return previous_epoch(epoch) if lag > 0 else epoch
+
+
+def end_epoch(base, epoch):
+    """Leave the epoch for the next launch, whatever its grid: block b alone reads copy b and alone writes b, b + blocks, ..."""
+    syncthreads()
+    if SENDERS > 0:
+        block = block_rank() + num_blocks() * thread_rank()
+        while block < MAX_BLOCKS:
+            st8(base + EPOCH + 8 * block, epoch)
+            block += num_blocks() * num_threads()
+
+
+def half_of(epoch, half_bytes):
+    """Offset of the half that an operation uses."""
+    return CONTROL_BYTES + (epoch & 1) * half_bytes
+
+
+def count_slot(memory, epoch, source):
+    """The first of `source`'s counters in a rank's memory."""
+    return memory + COUNTS + ((epoch & 1) * RANKS + source) * COUNTS_STRIDE
+
+
+def begin(watch, me, lag, num_tokens):
+    """Tell every rank what is consumed here, wait until all have consumed their half, and tell them that we have begun.
+
+    `lag`: operations sent before this one and not yet received (their hooks are still to be called): 0 or 1.
+    """
+    base, _, epoch = watch
+    before = previous_epoch(epoch)
+    consumed = previous_epoch(before) if lag > 0 else before
+    rank = thread_rank()
+    while rank < RANKS and block_rank() == 0:
+        signal(peer(base, rank) + CONSUMED + 128 * me, 0, consumed)
+        rank += num_threads()
+    rank = thread_rank()
+    while rank < RANKS:
+        wait_epoch(watch, WAIT_CONSUMED, rank, base + CONSUMED + 128 * rank, previous_epoch(before))
+        rank += num_threads()
+    syncthreads()
+    rank = thread_rank()
+    while rank < RANKS and block_rank() == 0:
+        signal(count_slot(peer(base, rank), epoch, me), epoch, num_tokens)       # not before: the slot is in a half
+        rank += num_threads()
+
+
+def after(me, i):
+    """The i-th rank after `me`: all ranks start their rounds at different peers."""
+    rank = me + i
+    return rank - RANKS if rank >= RANKS else rank
+
+
+# ---- dispatch: send --------------------------------------------------------------------------------------------------
+
+def expert_at(topk_idx, selection):
+    """The expert that a selection names; negative where it selects nothing."""
+    return ld8_nc(topk_idx + 8 * selection) if INDEX_BYTES == 8 else ld4_nc(topk_idx + 4 * selection)
+
+
+def send_routes(part, parts, watch, me, half, topk_idx, num_tokens):
+    """Every selection's expert, to every rank."""
+    base, _, _ = watch
+    selection = part * num_threads() + thread_rank()
+    while selection < num_tokens * TOPK:
+        expert = expert_at(topk_idx, selection)
+        if expert >= EXPERTS:
+            report(watch, BAD_EXPERT, me, base, udiv(selection, TOPK), expert)
+            expert = -1
+        for i in range(RANKS):
+            st8_relaxed(peer(base, after(me, i)) + half + 8 * (me * MAX_TOKENS * TOPK + selection), expert + 1 if expert >= 0 else 0)
+        selection += parts * num_threads()
+
+
+def send_places(part, parts, watch, me, half, topk_idx, num_tokens):
+    """Number each expert's selections in (token, k) order and tell its rank; one warp an expert, a lane a selection."""
+    base, _, epoch = watch
+    warps = udiv(num_threads(), warp_size())
+    expert = part * warps + udiv(thread_rank(), warp_size())
+    while expert < EXPERTS:
+        owner = udiv(expert, LOCAL_EXPERTS)
+        memory = peer(base, owner)
+        count = 0
+        first = 0
+        while first < num_tokens * TOPK:
+            selection = first + lane()
+            hit = 0
+            if selection < num_tokens * TOPK:
+                hit = 1 if expert_at(topk_idx, selection) == expert else 0
+            hits = ballot(hit)
+            if hit != 0:
+                n = count + popc(hits & ((1 << lane()) - 1))
+                st8_relaxed(memory + half + PLACES + 8 * (me * MAX_TOKENS * TOPK + selection), n)
+            count += popc(hits)
+            first += warp_size()
+        if lane() == 0:
+            signal(count_slot(memory, epoch, me) + 8 * (1 + expert - owner * LOCAL_EXPERTS), epoch, count)
+        expert += parts * warps
+
+
+def list_destinations(addresses, watch, me, half, topk_idx, token):
+    """One warp lists, from `addresses` on, where a token goes: its slot on every rank that owns an expert it selects."""
+    base, _, _ = watch
+    count = 0
+    for i in range(RANKS):
+        rank = after(me, i + 1)
+        hits = 0
+        first = 0
+        while first < TOPK:
+            k = first + lane()
+            hit = 0
+            if k < TOPK:
+                expert = expert_at(topk_idx, token * TOPK + k)
+                hit = 1 if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank else 0
+            hits |= ballot(hit)
+            first += warp_size()
+        if hits != 0:
+            if lane() == 0:
+                st8_shared(addresses + 8 * count, peer(base, rank) + half + ROWS + (me * MAX_TOKENS + token) * ROW_BYTES)
+            count += 1
+    return count
+
+
+def send_rows(part, parts, watch, me, half, x, topk_idx, num_tokens):
+    """Each token to every rank that wants it: a warp lists a token's destinations, then the block sends the warps' tokens."""
+    stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
+    warps = udiv(num_threads(), warp_size())
+    warp = udiv(thread_rank(), warp_size())
+    first = part
+    while first < num_tokens:
+        token = first + warp * parts
+        count = 0
+        if token < num_tokens:
+            count = list_destinations(shared() + warp * stride + 8, watch, me, half, topk_idx, token)
+        if lane() == 0:
+            st8_shared(shared() + warp * stride, count)
+        syncthreads()
+        slot = shared()
+        while first < num_tokens and slot < shared() + warps * stride:
+            count = ld8_shared(slot)
+            offset = 16 * thread_rank()
+            while offset < ROW_BYTES:
+                value = present(ld16_nc(x + first * ROW_BYTES + offset))
+                i = 1
+                while i <= count:
+                    st16_relaxed(ld8_shared(slot + 8 * i) + offset, value)
+                    i += 1
+                offset += 16 * num_threads()
+            slot += stride
+            first += parts
+        syncthreads()
+
+
+# ---- dispatch: receive -----------------------------------------------------------------------------------------------
+
+def read_counts(part, watch, recv_count, layout_range, source_tokens):
+    """Shared memory from here on: tokens[source], then begin[source][expert], the first row of that source for that expert."""
+    base, _, epoch = watch
+    words = RANKS * (1 + LOCAL_EXPERTS)
+    word = thread_rank()
+    while word < words:
+        source = word if word < RANKS else udiv(word - RANKS, LOCAL_EXPERTS)
+        entry = 0 if word < RANKS else 1 + word - RANKS - source * LOCAL_EXPERTS
+        count = wait_count(watch, WAIT_COUNT, source, count_slot(base, epoch, source) + 8 * entry)
+        st8_shared(shared() + 8 * word, count)
+        if part == 0 and word < RANKS:
+            st8(source_tokens + 8 * source, count)
+        word += num_threads()
+    syncthreads()
+    expert = thread_rank()
+    while expert < LOCAL_EXPERTS:
+        begin_row = 0
+        for source in range(RANKS):
+            slot = shared() + 8 * (RANKS + source * LOCAL_EXPERTS + expert)
+            count = ld8_shared(slot)
+            st8_shared(slot, begin_row)
+            if part == 0:
+                st8(layout_range + 8 * (expert * RANKS + source), (begin_row << 32) | count)
+            begin_row += count
+        if part == 0:
+            st4(recv_count + 4 * expert, begin_row)
+        expert += num_threads()
+    syncthreads()
+
+
+def list_rows(addresses, watch, me, half, source, token, recv_x, src_info, row_of):
+    """One warp lists where a token goes in recv_x, and notes it: src_info for the caller, row_of for combine."""
+    base, _, _ = watch
+    count = 0
+    first = 0
+    while first < TOPK:
+        k = first + lane()
+        row = -1
+        if k < TOPK:
+            selection = (source * MAX_TOKENS + token) * TOPK + k
+            expert = take_word(watch, WAIT_ROUTE, source, base + half + 8 * selection) - 1 - me * LOCAL_EXPERTS
+            if 0 <= expert and expert < LOCAL_EXPERTS:
+                place = take_word(watch, WAIT_PLACE, source, base + half + PLACES + 8 * selection) & 0xFFFFFFFF
+                row = ld8_shared(shared() + 8 * (RANKS + source * LOCAL_EXPERTS + expert)) + place
+                if row < RANKS * MAX_TOKENS:
+                    row += expert * RANKS * MAX_TOKENS
+                    st4(src_info + 4 * row, token)
+                else:
+                    report(watch, NO_ROOM, source, base, token, expert)
+                    row = -1
+            st8(row_of + 8 * selection, row)
+        mine = ballot(1 if row >= 0 else 0)
+        if row >= 0:
+            st8_shared(addresses + 8 * (count + popc(mine & ((1 << lane()) - 1))), recv_x + row * ROW_BYTES)
+        count += popc(mine)
+        first += warp_size()
+    return count
+
+
+def most_tokens():
+    """The most tokens that any source sends, from the counts in shared memory."""
+    most = 0
+    for source in range(RANKS):
+        tokens = ld8_shared(shared() + 8 * source)
+        most = tokens if tokens > most else most
+    return most
+
+
+def receive_rows(part, parts, watch, me, half, recv_x, src_info, row_of):
+    """Rows in the order in which they arrive: token by token, nearest source first.  A warp lists where a row goes, then the
+    block copies the warps' rows."""
+    base, _, _ = watch
+    lists = shared() + 8 * RANKS * (1 + LOCAL_EXPERTS)
+    stride = 8 * (1 + TOPK)                                      # per warp: count, addresses
+    warps = udiv(num_threads(), warp_size())
+    warp = udiv(thread_rank(), warp_size())
+    units = most_tokens() * RANKS
+    first = part
+    while first < units:
+        unit = first + warp * parts
+        count = 0
+        if unit < units:
+            token = udiv(unit, RANKS)
+            source = after(me, RANKS - (unit - token * RANKS) if unit > token * RANKS else 0)
+            if token < ld8_shared(shared() + 8 * source):
+                count = list_rows(lists + warp * stride + 8, watch, me, half, source, token, recv_x, src_info, row_of)
+        if lane() == 0:
+            st8_shared(lists + warp * stride, count)
+        syncthreads()
+        slot = lists
+        while first < units and slot < lists + warps * stride:
+            count = ld8_shared(slot)
+            if count > 0:
+                token = udiv(first, RANKS)
+                source = after(me, RANKS - (first - token * RANKS) if first > token * RANKS else 0)
+                row = base + half + ROWS + (source * MAX_TOKENS + token) * ROW_BYTES
+                offset = 16 * thread_rank()
+                while offset < ROW_BYTES:
+                    value = take16(ld16_relaxed(row + offset), watch, WAIT_ROW, source, row + offset)
+                    i = 1
+                    while i <= count:
+                        st16(ld8_shared(slot + 8 * i) + offset, value)
+                        i += 1
+                    offset += 16 * num_threads()
+            slot += stride
+            first += parts
+        syncthreads()
+
+
+def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, num_tokens, recv_x, recv_count, src_info, layout_range, row_of,
+             source_tokens):
+    """The kernel.  Arrays as in `Buffer.low_latency_dispatch`; for combine, row_of [R, M, K] int64 is the row of recv_x (over
+    all local experts) that a selection got, or -1, and source_tokens [R] int64 how many tokens each source sent."""
+    epoch = this_epoch(base, lag)
+    watch = (base, timeout, epoch)
+    half = half_of(epoch, half_bytes)
+    sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
+    if SENDERS > 0:
+        if sender < SENDERS:
+            begin(watch, me, lag, num_tokens)
+            send_routes(sender, SENDERS, watch, me, half, topk_idx, num_tokens)
+            send_places(sender, SENDERS, watch, me, half, topk_idx, num_tokens)
+            send_rows(sender, SENDERS, watch, me, half, x, topk_idx, num_tokens)
+    if RECEIVERS > 0:
+        if receiver >= 0:
+            read_counts(receiver, watch, recv_count, layout_range, source_tokens)
+            receive_rows(receiver, RECEIVERS, watch, me, half, recv_x, src_info, row_of)
+    end_epoch(base, epoch)
+
+
+# ---- combine ---------------------------------------------------------------------------------------------------------
+
+def send_outputs(part, parts, watch, me, half, y, row_of, source_tokens):
+    """The output of every row this rank received, back to the slot of its (token, k) on the token's rank."""
+    base, _, _ = watch
+    unit = part
+    while unit < MAX_TOKENS * RANKS:
+        token = udiv(unit, RANKS)
+        source = after(me, umod(unit, RANKS) + 1)
+        if token < ld8(source_tokens + 8 * source):
+            for k in range(TOPK):
+                row = ld8_nc(row_of + 8 * ((source * MAX_TOKENS + token) * TOPK + k))
+                if row >= 0:
+                    slot = peer(base, source) + half + (token * TOPK + k) * ROW_BYTES
+                    offset = 16 * thread_rank()
+                    while offset < ROW_BYTES:
+                        st16_relaxed(slot + offset, present(ld16_nc(y + row * ROW_BYTES + offset)))
+                        offset += 16 * num_threads()
+        unit += parts
+
+
+def list_outputs(entries, half_start, topk_idx, topk_weights, token):
+    """One warp lists what a token is the sum of, in k order, two words each: the slot; source rank << 32 | weight."""
+    count = 0
+    first = 0
+    while first < TOPK:
+        k = first + lane()
+        expert = -1
+        if k < TOPK:
+            expert = expert_at(topk_idx, token * TOPK + k)
+        hit = 1 if 0 <= expert and expert < EXPERTS else 0
+        hits = ballot(hit)
+        if hit != 0:
+            entry = entries + 16 * (count + popc(hits & ((1 << lane()) - 1)))
+            weight = ld4_nc(topk_weights + 4 * (token * TOPK + k)) & 0xFFFFFFFF
+            st8_shared(entry, half_start + (token * TOPK + k) * ROW_BYTES)
+            st8_shared(entry + 8, udiv(expert, LOCAL_EXPERTS) << 32 | weight)
+        count += popc(hits)
+        first += warp_size()
+    return count
+
+
+def add_output(total, look, watch, entry, offset):
+    """Add one listed output to the sum, once it is there; `look`: what a first look at it has shown."""
+    word = ld8_shared(entry + 8)
+    value = take16(look, watch, WAIT_OUTPUT, word >> 32, ld8_shared(entry) + offset)
+    return fma8(value, f32_of(word), total)
+
+
+def sum_listed(entries, count, watch, offset):
+    """Sum 16 bytes of all listed outputs, in order.  Four first looks are under way at once: one after another, their trips to
+    memory would add up."""
+    total = zeros()
+    i = 0
+    while i < count:
+        entry = entries + 16 * i
+        look0 = ld16_relaxed(ld8_shared(entry) + offset)
+        look1 = ld16_relaxed_if(ld8_shared(entry + 16) + offset, i + 1 < count)
+        look2 = ld16_relaxed_if(ld8_shared(entry + 32) + offset, i + 2 < count)
+        look3 = ld16_relaxed_if(ld8_shared(entry + 48) + offset, i + 3 < count)
+        total = add_output(total, look0, watch, entry, offset)
+        if i + 1 < count:
+            total = add_output(total, look1, watch, entry + 16, offset)
+        if i + 2 < count:
+            total = add_output(total, look2, watch, entry + 32, offset)
+        if i + 3 < count:
+            total = add_output(total, look3, watch, entry + 48, offset)
+        i += 4
+    return total
+
+
+def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, num_tokens, out):
+    """out[t] = bf16(sum over k, in order, of weight * output), in fp32 fma.  A warp lists a token's outputs, then the block
+    sums the warps' tokens."""
+    base, _, _ = watch
+    stride = 8 + 16 * align4(TOPK)                               # per warp: count, entries; looks may run past the last one
+    warps = udiv(num_threads(), warp_size())
+    warp = udiv(thread_rank(), warp_size())
+    first = part
+    while first < num_tokens:
+        token = first + warp * parts
+        count = 0
+        if token < num_tokens:
+            count = list_outputs(shared() + warp * stride + 8, base + half, topk_idx, topk_weights, token)
+        if lane() == 0:
+            st8_shared(shared() + warp * stride, count)
+        syncthreads()
+        slot = shared()
+        while first < num_tokens and slot < shared() + warps * stride:
+            count = ld8_shared(slot)
+            offset = 16 * thread_rank()
+            while offset < ROW_BYTES:
+                st16(out + first * ROW_BYTES + offset, to_bf16(sum_listed(slot + 8, count, watch, offset)))
+                offset += 16 * num_threads()
+            slot += stride
+            first += parts
+        syncthreads()
+
+
+def align4(n):
+    return (n + 3) & -4
+
+
+def wait_for_all(part, watch):
+    """One block makes sure that every rank has begun this operation, also those that have nothing for this one."""
+    base, _, epoch = watch
+    rank = thread_rank()
+    while rank < RANKS and part == 0:
+        wait_count(watch, WAIT_BEGIN, rank, count_slot(base, epoch, rank))
+        rank += num_threads()
+
+
+def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, row_of, source_tokens, out):
+    """The kernel.  y [L, R*M, H] bf16, row_of and source_tokens as `dispatch` left them; out [T, H] bf16."""
+    epoch = this_epoch(base, lag)
+    watch = (base, timeout, epoch)
+    half = half_of(epoch, half_bytes)
+    sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
+    if SENDERS > 0:                                              # nested: Numba drops the branch, LLVM need not see it
+        if sender < SENDERS:
+            begin(watch, me, lag, num_tokens)
+            send_outputs(sender, SENDERS, watch, me, half, y, row_of, source_tokens)
+    if RECEIVERS > 0:
+        if receiver >= 0:
+            sum_outputs(receiver, RECEIVERS, watch, half, topk_idx, topk_weights, num_tokens, out)
+            wait_for_all(receiver, watch)
+    end_epoch(base, epoch)

@@ -1,0 +1,183 @@
+"""The byte layout of the symmetric memory: every region, slot and counter, as pure integer functions.
+
+Every rank owns `nbytes` of memory that all ranks can write, laid out alike on all of them:
+
+    control    words of 8 bytes, fixed places, a function of the number of ranks alone
+    half 0     what peers send in operations of even epoch
+    half 1     what peers send in operations of odd epoch
+
+A *half* holds self-announcing data only: every 32-bit word of it is 0xffffffff whenever nothing is under way, whatever
+shapes were used before, because readers put that value back.  So operations of different shapes may share a buffer
+freely, in captured graphs too, and nothing is ever cleaned between them.
+
+Hot words of different writers never share a 128-byte line.
+"""
+from typing import NamedTuple
+
+WORD = 8                                # every counter and flag: so that 64-bit remote adds are safe over any transport
+LINE = 128                              # what one transaction of a GPU's memory system covers
+MAX_BLOCKS = 1024                       # blocks in a grid, at most
+MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
+
+
+def align(n, to=LINE):
+    """`n` rounded up to a multiple of `to`."""
+    return -(-n // to) * to
+
+
+class Region(NamedTuple):
+    """A run of bytes in a rank's symmetric memory; `index` names what it is indexed by, `dims` says how far."""
+
+    name: str
+    offset: int
+    index: tuple
+    dims: tuple
+    item: int                           # bytes of one entry, gap to the next included
+    writer: str
+
+    @property
+    def nbytes(self):
+        n = self.item
+        for d in self.dims:
+            n *= d
+        return n
+
+    @property
+    def end(self):
+        return self.offset + self.nbytes
+
+    def slot(self, offset):
+        """The name of the entry at `offset`, for instance "consumed[source 2]"."""
+        n, parts = (offset - self.offset) // self.item, []
+        for name, dim in zip(reversed(self.index), reversed(self.dims)):
+            n, i = divmod(n, dim)
+            parts.append(f"[{name} {i}]")
+        return self.name + "".join(reversed(parts))
+
+
+def _stack(start, *regions):
+    """Regions one after another from `start`, each on a line of its own; given as (name, index, dims, item, writer)."""
+    placed = []
+    for name, index, dims, item, writer in regions:
+        region = Region(name, start, index, dims, item, writer)
+        placed.append(region)
+        start = align(region.end)
+    return placed
+
+
+def control(num_ranks):
+    """The control words of a rank, as a dict of `Region`s.
+
+    status           address of the block of words in which a kernel says why it gave up (host memory)
+    peers            address of every rank's symmetric memory, as this rank maps it
+    failed           not 0 once a wait of this rank gave up: all other waits then end too
+    epoch            the epoch of the latest operation sent, one copy per block, so that no block waits for another
+    consumed         the latest epoch whose data that rank has read to the end: its half may be written again
+    rdma_recv_count  epoch << 32 | count.  Entry 0: the tokens of that source; 1 + e: its rows for local expert e
+    """
+    words = 1 + MAX_LOCAL_EXPERTS
+    return {r.name: r for r in _stack(
+        0,
+        ("status", (), (), WORD, "host"),
+        ("peers", ("rank",), (num_ranks,), WORD, "host"),
+        ("failed", (), (), WORD, "this rank"),
+        ("epoch", ("block",), (MAX_BLOCKS,), WORD, "this rank"),
+        ("consumed", ("source",), (num_ranks,), LINE, "source"),
+        ("rdma_recv_count", ("half", "source", "entry"), (2, num_ranks, words), WORD, "source"),
+    )}
+
+
+def control_bytes(num_ranks):
+    return align(control(num_ranks)["rdma_recv_count"].end)
+
+
+class LowLatency(NamedTuple):
+    """The shape of a low-latency operation and where its data goes within a half."""
+
+    num_ranks: int
+    max_tokens: int                     # M: the most tokens that any rank dispatches
+    hidden: int                         # H: values in a row
+    num_experts: int                    # E
+    num_topk: int                       # K
+
+    @property
+    def local_experts(self):
+        return self.num_experts // self.num_ranks
+
+    @property
+    def rows_per_expert(self):
+        """Rows of one expert in recv_x: all tokens of all ranks may choose it."""
+        return self.num_ranks * self.max_tokens
+
+    @property
+    def row_bytes(self):
+        return 2 * self.hidden
+
+    def dispatch(self, half=0):
+        """What a half that begins at byte `half` holds in a dispatch.
+
+        routes  1 + the expert that (source, token, k) selects, or 0; every rank gets all of them
+        places  weight << 32 | n: the selection is the source's n-th for its expert; only that expert's rank gets it
+        rows    the token, once per rank however many of that rank's experts it selects
+        """
+        selections = (self.num_ranks, self.max_tokens, self.num_topk)
+        return _stack(half,
+                      ("routes", ("source", "token", "k"), selections, WORD, "source"),
+                      ("places", ("source", "token", "k"), selections, WORD, "source"),
+                      ("rows", ("source", "token"), selections[:2], self.row_bytes, "source"))
+
+    def combine(self, half=0):
+        """What a half holds in a combine: the output of the expert that (token, k) selected, written by its rank."""
+        return _stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
+
+    @property
+    def half_bytes(self):
+        return align(max(self.dispatch()[-1].end, self.combine()[-1].end))
+
+    @property
+    def nbytes(self):
+        """Symmetric memory that the shape needs on each rank."""
+        return control_bytes(self.num_ranks) + 2 * self.half_bytes
+
+
+def half_capacity(nbytes, num_ranks):
+    """Bytes of each half in a symmetric memory of `nbytes`."""
+    return max(0, (nbytes - control_bytes(num_ranks)) // 2) // LINE * LINE
+
+
+def low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, num_topk=None):
+    """Bytes that `Buffer(num_rdma_bytes=...)` needs for low-latency operations of a shape.
+
+    Without `num_topk` there is room for any top-k up to the number of experts, which costs E / K times the memory of an
+    exact hint: one row per token and selected expert comes back in a combine.
+    """
+    return LowLatency(num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts, num_topk or num_experts).nbytes
+
+
+def name_of(offset, num_ranks, half_bytes, data):
+    """The name of the slot at `offset`; `data(start)` lists the regions of a half (`LowLatency.dispatch` or `.combine`)."""
+    start = control_bytes(num_ranks)
+    half = int(offset >= start + half_bytes)
+    for region in [*control(num_ranks).values(), *data(start + half * half_bytes)]:
+        if region.offset <= offset < region.end:
+            return region.slot(offset) + (f" of half {half}" if offset >= start else "")
+    return f"byte {offset}"
+
+
+def draw(shape, nbytes=None):
+    """The layout as text, one line per region; for readers and for error messages."""
+    nbytes = nbytes or shape.nbytes
+    start, half = control_bytes(shape.num_ranks), half_capacity(nbytes, shape.num_ranks)
+    lines = [f"symmetric memory of each of {shape.num_ranks} ranks: {nbytes:,} bytes, two halves of {half:,} from {start:,} on",
+             f"{'offset':>14} {'bytes':>14}  region, written by"]
+
+    def show(title, regions):
+        lines.append(title)
+        for r in regions:
+            dims = "".join(f"[{i} {d}]" for i, d in zip(r.index, r.dims))
+            lines.append(f"{r.offset:>14,} {r.nbytes:>14,}  {r.name}{dims} x {r.item}, {r.writer}")
+    show("control", control(shape.num_ranks).values())
+    for i in (0, 1):
+        show(f"half {i}, dispatch", shape.dispatch(start + i * half))
+        show(f"half {i}, combine (over the same bytes)", shape.combine(start + i * half))
+    return "\n".join(lines)
