@@ -17,7 +17,6 @@ import os
 import time
 import zlib
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,8 @@ import numpy as np
 
 import pyep
 
-xp, BF16 = np, np.dtype(ml_dtypes.bfloat16)  # the array module and its bf16; use_engine() may change both
+BF16 = np.dtype(ml_dtypes.bfloat16)  # also CuPy's, since CuPy 14
+xp = np  # the array module; use_engine() may change it
 
 # Both layers round to bf16 at the same places. They differ where a float32 sum, taken in another order, falls on the
 # other side of a rounding boundary: an activation or a result is then the next bf16 value, at most 2^-7 away from it.
@@ -63,15 +63,10 @@ def scaled(shape, scale, ranks):
 
 
 def use_engine(buf):
-    """Sets `xp` to CuPy on this rank's GPU where pyep runs on GPUs; bf16 is uint16 for a CuPy that does not know it."""
-    global xp, BF16
-    if os.environ.get("PYEP_DEVICE") != "cpu" and find_spec("cupy"):
-        import cupy
-
-        if cupy.is_available():
-            xp = cupy
-            xp.cuda.Device(buf.get_local_device_id()).use()
-            BF16 = np.dtype(ml_dtypes.bfloat16 if int(xp.__version__.split(".")[0]) >= 14 else np.uint16)
+    """Sets `xp` to CuPy where pyep runs on GPUs."""
+    global xp
+    if buf.engine == "cuda":
+        import cupy as xp
 
 
 def synchronize():

@@ -10,7 +10,7 @@ waits of the rank then give up: the kernel returns, with garbage for results, an
 `watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
 `pyep.low_latency`).
 """
-from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_acquire, ld8_relaxed, ld16_relaxed, pause, st8, st8_relaxed,
+from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_acquire, ld8_nc, ld8_relaxed, ld16_relaxed, pause, st8, st8_relaxed,
                             st8_release, st16, swap8_if)
 from ..kernels.op import rare
 
@@ -37,12 +37,12 @@ def reached(epoch, goal):
 
 def peer(base, rank):
     """The address at which this rank maps the symmetric memory of `rank`."""
-    return ld8(base + PEERS + 8 * rank)
+    return ld8_nc(base + PEERS + 8 * rank)
 
 
-def signal(counter, epoch, value):
-    """Set a counter (in any rank's memory) after everything this thread has seen or stored."""
-    st8_release(counter, (epoch << 32) | value)
+def tell(counter, epoch, value):
+    """Set a counter in any rank's memory.  Nothing is ordered by it: data announces itself."""
+    st8_relaxed(counter, (epoch << 32) | value)
 
 
 # ---- giving up -------------------------------------------------------------------------------------------------------
@@ -82,13 +82,13 @@ def patience(deadline, watch, wait, source, address, expected, seen):
 def wait_count(watch, wait, source, counter):
     """Wait until a counter has this operation's epoch; the count it carries."""
     epoch = watch[2]
-    value = ld8_acquire(counter)
+    value = ld8_relaxed(counter)
     deadline, polls = 0, 0
     while (value >> 32) & 0xFFFFFFFF != epoch and deadline >= 0:
         polls += 1
         if polls & 15 == 0:
             deadline = patience(deadline, watch, wait, source, counter, epoch, value)
-        value = ld8_acquire(counter)
+        value = ld8_relaxed(counter)
     return value & 0xFFFFFFFF if deadline >= 0 else 0
 
 

@@ -95,6 +95,12 @@ def ld16_nc(address):
     """Load 16 bytes that nobody writes while the kernel runs."""
 
 
+@op(v16, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0;"
+    " @p ld.global.nc.L1::no_allocate.v2.s64 {$0,$1}, [$2]; }", cpu=llvm.load_if(llvm.load(V16)), pure=True)
+def ld16_nc_if(address, wanted):
+    """`ld16_nc` where wanted != 0, else zeros without touching memory."""
+
+
 @op(void, (i64, v16), ptx="st.global.L1::no_allocate.v2.s64 [$0], {$1,$2};", cpu=llvm.store(V16))
 def st16(address, value):
     """Store 16 bytes; weak."""
@@ -133,7 +139,7 @@ def ld16_relaxed(address):
 
 
 @op(v16, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0;"
-    " @p ld.relaxed.sys.global.L1::no_allocate.v2.s64 {$0,$1}, [$2]; }", cpu=llvm.load_fresh_if)
+    " @p ld.relaxed.sys.global.L1::no_allocate.v2.s64 {$0,$1}, [$2]; }", cpu=llvm.load_if(llvm.load_fresh))
 def ld16_relaxed_if(address, wanted):
     """`ld16_relaxed` where wanted != 0, else zeros without touching memory; no branch, so that several stay in flight."""
 

@@ -75,16 +75,19 @@ def load_fresh(b, machine, address):
     return b.load(pointer(b, address, V16), align=16)
 
 
-def load_fresh_if(b, machine, address, wanted):
-    with b.if_else(b.icmp_signed("!=", wanted, ir.Constant(I64, 0))) as (then, otherwise):
-        with then:
-            value, came_from = load_fresh(b, machine, address), b.block
-        with otherwise:
-            nothing = b.block
-    result = b.phi(V16)
-    result.add_incoming(value, came_from)
-    result.add_incoming(splat(0), nothing)
-    return result
+def load_if(load):
+    """A 16-byte load where the second argument is not 0, else zeros."""
+    def emit(b, machine, address, wanted):
+        with b.if_else(b.icmp_signed("!=", wanted, ir.Constant(I64, 0))) as (then, otherwise):
+            with then:
+                value, came_from = load(b, machine, address), b.block
+            with otherwise:
+                nothing = b.block
+        result = b.phi(V16)
+        result.add_incoming(value, came_from)
+        result.add_incoming(splat(0), nothing)
+        return result
+    return emit
 
 
 def add_atomic(order):

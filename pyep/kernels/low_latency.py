@@ -14,9 +14,9 @@ for: to have finished operation n is to know that every rank has begun it, hence
 Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive; they may overlap (one block plays both
 roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
 """
-from ..channels.memory import (next_epoch, peer, previous_epoch, report, signal, take16, take_word, wait_count, wait_epoch)
-from .lang import (ballot, block_rank, fma8, lane, ld4_nc, ld8, ld8_nc, ld8_shared, ld16_nc, ld16_relaxed, ld16_relaxed_if, f32_of, num_blocks,
-                   num_threads, popc, present, shared, st4, st8, st8_relaxed, st8_shared, st16, st16_relaxed, syncthreads,
+from ..channels.memory import (next_epoch, peer, previous_epoch, report, take16, take_word, tell, wait_count, wait_epoch)
+from .lang import (ballot, block_rank, fma8, lane, ld4_nc, ld8, ld8_nc, ld8_shared, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, f32_of, num_blocks,
+                   num_threads, popc, present, shared, st4, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, syncthreads,
                    thread_rank, to_bf16, udiv, umod, warp_size, zeros)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
@@ -60,26 +60,29 @@ def count_slot(memory, epoch, source):
     return memory + COUNTS + ((epoch & 1) * RANKS + source) * COUNTS_STRIDE
 
 
-def begin(watch, me, lag, num_tokens):
-    """Tell every rank what is consumed here, wait until all have consumed their half, and tell them that we have begun.
+def begin(watch, me, lag):
+    """Tell every rank what is consumed here, and wait until all ranks have consumed what this operation overwrites.
 
     `lag`: operations sent before this one and not yet received (their hooks are still to be called): 0 or 1.
     """
     base, _, epoch = watch
     before = previous_epoch(epoch)
-    consumed = previous_epoch(before) if lag > 0 else before
     rank = thread_rank()
-    while rank < RANKS and block_rank() == 0:
-        signal(peer(base, rank) + CONSUMED + 128 * me, 0, consumed)
+    while rank < RANKS and block_rank() == num_blocks() - 1:     # the last block: the first ones have rows to send
+        st8_release(peer(base, rank) + CONSUMED + 128 * me, previous_epoch(before) if lag > 0 else before)
         rank += num_threads()
-    rank = thread_rank()
+    rank = num_threads() - 1 - thread_rank()                     # the last warp: the first ones have lists to make
     while rank < RANKS:
         wait_epoch(watch, WAIT_CONSUMED, rank, base + CONSUMED + 128 * rank, previous_epoch(before))
         rank += num_threads()
-    syncthreads()
+
+
+def tell_begun(part, watch, me, num_tokens):
+    """Tell every rank that this operation has begun here, and how many tokens it sends."""
+    base, _, epoch = watch
     rank = thread_rank()
-    while rank < RANKS and block_rank() == 0:
-        signal(count_slot(peer(base, rank), epoch, me), epoch, num_tokens)       # not before: the slot is in a half
+    while rank < RANKS and part == 0:
+        tell(count_slot(peer(base, rank), epoch, me), epoch, num_tokens)
         rank += num_threads()
 
 
@@ -132,60 +135,93 @@ def send_places(part, parts, watch, me, half, topk_idx, num_tokens):
             count += popc(hits)
             first += warp_size()
         if lane() == 0:
-            signal(count_slot(memory, epoch, me) + 8 * (1 + expert - owner * LOCAL_EXPERTS), epoch, count)
+            tell(count_slot(memory, epoch, me) + 8 * (1 + expert - owner * LOCAL_EXPERTS), epoch, count)
         expert += parts * warps
+
+
+def announce(part, parts, watch, me, half, topk_idx, num_tokens):
+    """All that the other ranks must know about this rank's tokens."""
+    tell_begun(part, watch, me, num_tokens)
+    send_routes(part, parts, watch, me, half, topk_idx, num_tokens)
+    send_places(part, parts, watch, me, half, topk_idx, num_tokens)
+
+
+def selects(topk_idx, token, rank):
+    """Whether a token selects an expert of `rank`; the whole warp asks."""
+    hits = 0
+    first = 0
+    while first < TOPK:
+        k = first + lane()
+        hit = 0
+        if k < TOPK:
+            expert = expert_at(topk_idx, token * TOPK + k)
+            hit = 1 if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank else 0
+        hits |= ballot(hit)
+        first += warp_size()
+    return hits != 0
 
 
 def list_destinations(addresses, watch, me, half, topk_idx, token):
     """One warp lists, from `addresses` on, where a token goes: its slot on every rank that owns an expert it selects."""
     base, _, _ = watch
     count = 0
-    for i in range(RANKS):
-        rank = after(me, i + 1)
-        hits = 0
-        first = 0
-        while first < TOPK:
-            k = first + lane()
-            hit = 0
-            if k < TOPK:
-                expert = expert_at(topk_idx, token * TOPK + k)
-                hit = 1 if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank else 0
-            hits |= ballot(hit)
-            first += warp_size()
-        if hits != 0:
-            if lane() == 0:
-                st8_shared(addresses + 8 * count, peer(base, rank) + half + ROWS + (me * MAX_TOKENS + token) * ROW_BYTES)
-            count += 1
+    first = 0
+    while first < RANKS:                                         # a lane for each rank, from the next one on
+        rank = after(me, first + lane() + 1) if first + lane() < RANKS else me
+        slot = peer(base, rank) + half + ROWS + (me * MAX_TOKENS + token) * ROW_BYTES
+        wanted = 0
+        i = 0
+        while i < warp_size() and first + i < RANKS:
+            if selects(topk_idx, token, after(me, first + i + 1)) and i == lane():
+                wanted = 1
+            i += 1
+        wants = ballot(wanted)
+        if wanted != 0:
+            st8_shared(addresses + 8 * (count + popc(wants & ((1 << lane()) - 1))), slot)
+        count += popc(wants)
+        first += warp_size()
     return count
 
 
+def store_to_all(slot, offset, value):
+    """Store 16 bytes of a row to every address of a list in shared memory (count, then addresses)."""
+    end = slot + 8 * ld8_shared(slot)
+    while slot < end:
+        slot += 8
+        st16_relaxed(ld8_shared(slot) + offset, value)
+
+
 def send_rows(part, parts, watch, me, half, x, topk_idx, num_tokens):
-    """Each token to every rank that wants it: a warp lists a token's destinations, then the block sends the warps' tokens."""
+    """Each token to every rank that wants it: a warp lists a token's destinations, then the block sends the warps' tokens.
+
+    A thread loads its next 16 bytes before it stores the last ones, so that no store waits for memory.
+    """
     stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
     warps = udiv(num_threads(), warp_size())
     warp = udiv(thread_rank(), warp_size())
-    first = part
-    while first < num_tokens:
-        token = first + warp * parts
+    end = shared() + warps * stride
+    token = part
+    while token < num_tokens:
+        offset = 16 * thread_rank()
+        value = ld16_nc_if(x + token * ROW_BYTES + offset, offset < ROW_BYTES)
+        listed = token + warp * parts
         count = 0
-        if token < num_tokens:
-            count = list_destinations(shared() + warp * stride + 8, watch, me, half, topk_idx, token)
+        if listed < num_tokens:
+            count = list_destinations(shared() + warp * stride + 8, watch, me, half, topk_idx, listed)
         if lane() == 0:
             st8_shared(shared() + warp * stride, count)
         syncthreads()
         slot = shared()
-        while first < num_tokens and slot < shared() + warps * stride:
-            count = ld8_shared(slot)
-            offset = 16 * thread_rank()
-            while offset < ROW_BYTES:
-                value = present(ld16_nc(x + first * ROW_BYTES + offset))
-                i = 1
-                while i <= count:
-                    st16_relaxed(ld8_shared(slot + 8 * i) + offset, value)
-                    i += 1
-                offset += 16 * num_threads()
-            slot += stride
-            first += parts
+        while token < num_tokens and slot < end:
+            at, current, current_offset = slot, present(value), offset
+            offset += 16 * num_threads()
+            if offset >= ROW_BYTES:
+                offset = 16 * thread_rank()
+                token += parts
+                slot += stride
+            value = ld16_nc_if(x + token * ROW_BYTES + offset, token < num_tokens and slot < end and offset < ROW_BYTES)
+            if current_offset < ROW_BYTES:
+                store_to_all(at, current_offset, current)
         syncthreads()
 
 
@@ -309,10 +345,14 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, num_tokens, recv_x
     half = half_of(epoch, half_bytes)
     sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
     if SENDERS > 0:
+        begin(watch, me, lag)
+        syncthreads()
+        if RECEIVERS > 0:                                        # they have nothing to do yet
+            if receiver >= 0:
+                announce(receiver, RECEIVERS, watch, me, half, topk_idx, num_tokens)
+        else:
+            announce(sender, SENDERS, watch, me, half, topk_idx, num_tokens)
         if sender < SENDERS:
-            begin(watch, me, lag, num_tokens)
-            send_routes(sender, SENDERS, watch, me, half, topk_idx, num_tokens)
-            send_places(sender, SENDERS, watch, me, half, topk_idx, num_tokens)
             send_rows(sender, SENDERS, watch, me, half, x, topk_idx, num_tokens)
     if RECEIVERS > 0:
         if receiver >= 0:
@@ -439,9 +479,11 @@ def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_t
     watch = (base, timeout, epoch)
     half = half_of(epoch, half_bytes)
     sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
-    if SENDERS > 0:                                              # nested: Numba drops the branch, LLVM need not see it
+    if SENDERS > 0:
+        begin(watch, me, lag)
+        syncthreads()
         if sender < SENDERS:
-            begin(watch, me, lag, num_tokens)
+            tell_begun(sender, watch, me, num_tokens)
             send_outputs(sender, SENDERS, watch, me, half, y, row_of, source_tokens)
     if RECEIVERS > 0:
         if receiver >= 0:

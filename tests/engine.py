@@ -1,0 +1,30 @@
+"""Arrays and buffers of the engine that PYEP_DEVICE names: NumPy on the CPU, CuPy on GPUs."""
+import os
+
+import pyep
+
+
+def on_gpu():
+    return os.environ["PYEP_DEVICE"] == "cuda"
+
+
+def up(array):
+    """The engine's array of a NumPy array's values; on a GPU, call `make_buffer` first: it chooses the device."""
+    if not on_gpu():
+        return array
+    import cupy
+    return cupy.asarray(array)
+
+
+def down(array):
+    """The NumPy array of an engine's array; on the CPU it is the same one."""
+    return array.get() if on_gpu() else array
+
+
+def make_buffer(comm, M, H, E, K, **options):
+    """A Buffer with the memory that operations of this shape need; more or other arguments in `options`."""
+    if on_gpu():
+        import cupy
+        cupy.cuda.Device(comm.rank % cupy.cuda.runtime.getDeviceCount()).use()
+    size = pyep.Buffer.get_low_latency_rdma_size_hint(M, H, comm.size, E, num_topk=K)
+    return pyep.Buffer(**dict(comm=comm, num_rdma_bytes=size, low_latency_mode=True) | options)

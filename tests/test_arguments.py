@@ -1,0 +1,436 @@
+"""Wrong arguments: an error before anything is launched that names the argument, what it was and what is accepted."""
+import contextlib
+import re
+import time
+
+import numpy as np
+import pytest
+import ranks
+from case import Case, assert_dispatched, run_round
+from engine import down, make_buffer, on_gpu, up
+from ml_dtypes import bfloat16
+
+from pyep import Buffer, EPBufferTooSmallError, EPClosedError, EPRoutingError, EPTransportError, reference
+
+T, M, H, E, K = 5, 8, 64, 4, 3  # tokens, and a shape whose kernels test_low_latency.py compiles too; E: of one rank
+CASE = Case(1, M, H, E, K, (T,))
+OTHER = Case(2, M, H, E, K, (M,))
+SMALL = Case(3, 1, 8, 1, 1, (1,))
+
+
+def zeros(*shape, dtype=bfloat16):
+    return up(np.zeros(shape, dtype))
+
+
+def accepted(case, buf):
+    """Arguments of a dispatch and of a combine that the buffer accepts, by operation."""
+    x, topk_idx, topk_weights, y = (up(of_all[0]) for of_all in case.make())
+    dispatch = dict(x=x, topk_idx=topk_idx, num_max_dispatch_tokens_per_rank=case.max_tokens,
+                    num_experts=case.experts, use_fp8=False)
+    handle = buf.low_latency_dispatch(**dispatch).handle
+    combine = dict(x=y, topk_idx=topk_idx, topk_weights=topk_weights, handle=handle)
+    return dict(low_latency_dispatch=dispatch, low_latency_combine=combine)
+
+
+@contextlib.contextmanager
+def nothing_launched():
+    """Fail if a kernel is launched."""
+    if on_gpu():
+        from pyep.kernels.cuda import CudaKernel as Kernel
+    else:
+        from pyep.kernels.cpu import CpuKernel as Kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kernel, "launch", lambda *args: pytest.fail("a kernel was launched"))
+        yield
+
+
+@contextlib.contextmanager
+def rejected(error, *words):
+    """Fail unless this error is raised, with all of the words in its message."""
+    with nothing_launched(), pytest.raises(error) as caught:
+        yield caught
+    missing = [word for word in words if word not in str(caught.value)]
+    assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+
+# ---- construction ----------------------------------------------------------------------------------------------------
+
+# What is wrong: (environment, arguments of Buffer, error, words in its message).
+CONSTRUCTOR = {
+    "no group": ({}, dict(comm=None), ValueError, "group=", "comm=", "either"),
+    "group and comm": ({}, dict(group=object()), ValueError, "group=", "comm=", "not both"),
+    "comm a string": ({}, dict(comm="world"), TypeError, "comm", "str", "mpi4py"),
+    "transport": ({}, dict(transport="carrier pigeon"), ValueError, "transport", "carrier pigeon", "host", "ipc"),
+    "transport None": ({}, dict(transport=None), ValueError, "transport", "None", "host", "ipc"),
+    "PYEP_TRANSPORT": (dict(PYEP_TRANSPORT="pigeon"), {}, ValueError, "PYEP_TRANSPORT", "pigeon", "host", "ipc"),
+    "transport of the other engine": ({}, dict(transport="host" if on_gpu() else "ipc"), EPTransportError,
+                                      "transport", "host" if on_gpu() else "ipc", "cuda" if on_gpu() else "cpu"),
+    "PYEP_DEVICE": (dict(PYEP_DEVICE="tpu"), {}, ValueError, "PYEP_DEVICE", "tpu", "cpu", "cuda"),
+    "num_rdma_bytes -1": ({}, dict(num_rdma_bytes=-1), ValueError, "num_rdma_bytes", "-1", "bytes"),
+    "num_rdma_bytes 0.5": ({}, dict(num_rdma_bytes=0.5), (TypeError, ValueError), "num_rdma_bytes", "0.5", "bytes"),
+    "num_rdma_bytes None": ({}, dict(num_rdma_bytes=None), (TypeError, ValueError), "num_rdma_bytes", "None"),
+    "timeout_s 0": ({}, dict(timeout_s=0), ValueError, "timeout_s", "0", "seconds"),
+    "timeout_s -1": ({}, dict(timeout_s=-1), ValueError, "timeout_s", "-1", "seconds"),
+    "timeout_s NaN": ({}, dict(timeout_s=float("nan")), ValueError, "timeout_s", "nan", "seconds"),
+    "timeout_s infinite": ({}, dict(timeout_s=float("inf")), ValueError, "timeout_s", "inf", "seconds"),
+    "timeout_s a string": ({}, dict(timeout_s="3"), (TypeError, ValueError), "timeout_s", "'3'", "seconds"),
+    "not low latency": ({}, dict(low_latency_mode=False), NotImplementedError, "low_latency_mode=True"),
+    "enable_shrink": ({}, dict(enable_shrink=True), NotImplementedError, "enable_shrink=False"),
+}
+if not on_gpu():  # where CUDA is used already, it would not notice the environment
+    CONSTRUCTOR |= {
+        "PYEP_DEVICE=cuda without a GPU": (dict(PYEP_DEVICE="cuda", CUDA_VISIBLE_DEVICES=""), {}, EPTransportError,
+                                           "PYEP_DEVICE=cuda"),
+        "PYEP_CPU_SHAPE": (dict(PYEP_CPU_SHAPE="1,2"), {}, ValueError, "PYEP_CPU_SHAPE", "1,2", "blocks,threads,warp"),
+    }
+
+
+def construct_wrongly(comm, wrong):
+    environment, arguments, error, *words = CONSTRUCTOR[wrong]
+    with pytest.MonkeyPatch.context() as patch, rejected(error, *words):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        Buffer(**dict(comm=comm, low_latency_mode=True) | arguments)
+
+
+@pytest.mark.parametrize("wrong", CONSTRUCTOR)
+def test_constructor(wrong):
+    ranks.run(1, construct_wrongly, wrong)
+
+
+def construct_unequally(comm, more):
+    size = Buffer.get_low_latency_rdma_size_hint(M, H, comm.size, comm.size * E, K)
+    with pytest.raises(ValueError, match="num_rdma_bytes"):
+        make_buffer(comm, M, H, comm.size * E, K, num_rdma_bytes=size + comm.rank * more, timeout_s=3)
+
+
+@pytest.mark.parametrize("more", [256, 2**20], ids=["within a page", "many pages"])
+def test_ranks_disagree_on_the_bytes(more):
+    """Their memories would be laid out differently."""
+    ranks.run(2, construct_unequally, more)
+
+
+# ---- the size hint ---------------------------------------------------------------------------------------------------
+
+# What is wrong: (arguments of the size hint, error, words in its message).
+HINT = {
+    "no tokens": ((0, H, 1, E, K), ValueError, "num_max_dispatch_tokens_per_rank", "0", "at least 1"),
+    "tokens a float": ((8.5, H, 1, E, K), TypeError, "num_max_dispatch_tokens_per_rank", "8.5"),
+    "tokens a string": (("8", H, 1, E, K), TypeError, "num_max_dispatch_tokens_per_rank", "'8'"),
+    "hidden 12": ((M, 12, 1, E, K), ValueError, "hidden", "12", "multiple of 8"),
+    "hidden 0": ((M, 0, 1, E, K), ValueError, "hidden", "0", "multiple of 8"),
+    "hidden a float": ((M, 64.0, 1, E, K), TypeError, "hidden", "64.0"),
+    "no ranks": ((M, H, 0, E, K), ValueError, "num_ranks", "0", "at least 1"),
+    "ranks negative": ((M, H, -1, E, K), ValueError, "num_ranks", "-1", "at least 1"),
+    "experts of no rank": ((M, H, 2, 5, K), ValueError, "num_experts", "5", "multiple of the 2 ranks"),
+    "no experts": ((M, H, 1, 0, K), ValueError, "num_experts", "0", "multiple of the 1 ranks"),
+    "many experts": ((M, H, 1, 4096, K), ValueError, "num_experts", "4096", "at most 2047"),
+    "top-k 0": ((M, H, 1, E, 0), ValueError, "num_topk", "0", "1 to num_experts = 4"),
+    "top-k -1": ((M, H, 1, E, -1), ValueError, "num_topk", "-1", "1 to num_experts = 4"),
+    "top-k above experts": ((M, H, 1, E, E + 1), ValueError, "num_topk", "5", "1 to num_experts = 4"),
+}
+
+
+@pytest.mark.parametrize("wrong", HINT)
+def test_size_hint(wrong):
+    arguments, error, *words = HINT[wrong]
+    with rejected(error, *words):
+        Buffer.get_low_latency_rdma_size_hint(*arguments)
+
+
+def use_too_small(comm, missing):
+    needed = Buffer.get_low_latency_rdma_size_hint(M, H, 1, E, K)
+    given = 0 if missing is None else needed - missing
+    with make_buffer(comm, M, H, E, K, num_rdma_bytes=given) as buf:
+        with rejected(EPBufferTooSmallError, f"num_rdma_bytes is {given},", str(needed)) as caught:
+            run_round(buf, CASE)
+        if missing == 1:
+            run_round(buf, SMALL)  # there is room for this one
+    call = re.search(r"Buffer\.get_low_latency_rdma_size_hint\(.*?\)", str(caught.value))[0]
+    assert eval(call, dict(Buffer=Buffer)) == needed
+    with make_buffer(comm, M, H, E, K, num_rdma_bytes=needed) as buf:
+        run_round(buf, CASE)
+
+
+@pytest.mark.parametrize("missing", [1, 1024, None], ids=["a byte", "some", "all"])
+def test_buffer_too_small(missing):
+    """The message has the bytes given, the bytes needed and the call that computes them; and they suffice."""
+    ranks.run(1, use_too_small, missing)
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+# What is wrong: (what is changed in the accepted arguments, a function of them; error; words in its message).
+DISPATCH = {
+    "x a list": (lambda a: dict(x=[[1.0] * H]), TypeError, "x", "list", "NumPy"),
+    "x None": (lambda a: dict(x=None), TypeError, "x", "None", "NumPy"),
+    "x float32": (lambda a: dict(x=a["x"].astype("float32")), TypeError, "x", "float32", "bfloat16"),
+    "x of one dimension": (lambda a: dict(x=a["x"][0]), ValueError, "x", "[64]", "[T, H]"),
+    "x of three dimensions": (lambda a: dict(x=a["x"][None]), ValueError, "x", "[1, 5, 64]", "[T, H]"),
+    "x not contiguous": (lambda a: dict(x=zeros(T, 2 * H)[:, ::2]), ValueError, "x", "not contiguous"),
+    "x not aligned": (lambda a: dict(x=zeros(T * H + 1)[1:].reshape(T, H)), ValueError, "x", "address", "16 bytes"),
+    "hidden 12": (lambda a: dict(x=zeros(T, 12)), ValueError, "hidden", "12", "multiple of 8"),
+    "more tokens than M": (lambda a: dict(x=zeros(9, H), topk_idx=zeros(9, K, dtype="int64")), ValueError,
+                           "x", "9 tokens", "num_max_dispatch_tokens_per_rank = 8"),
+    "M of another rank": (lambda a: dict(num_max_dispatch_tokens_per_rank=4), ValueError,
+                          "x", "5 tokens", "num_max_dispatch_tokens_per_rank = 4"),
+    "M 0": (lambda a: dict(x=zeros(0, H), topk_idx=zeros(0, K, dtype="int64"), num_max_dispatch_tokens_per_rank=0),
+            ValueError, "num_max_dispatch_tokens_per_rank", "0", "at least 1"),
+    "M a float": (lambda a: dict(num_max_dispatch_tokens_per_rank=8.5), TypeError,
+                  "num_max_dispatch_tokens_per_rank", "8.5"),
+    "topk_idx a list": (lambda a: dict(topk_idx=[[0] * K] * T), TypeError, "topk_idx", "list", "NumPy"),
+    "topk_idx of other rows": (lambda a: dict(topk_idx=a["topk_idx"][1:]), ValueError, "topk_idx", "[4, 3]", "[5, K]"),
+    "topk_idx of one dimension": (lambda a: dict(topk_idx=a["topk_idx"][:, 0].copy()), ValueError,
+                                  "topk_idx", "[5]", "[5, K]"),
+    "topk_idx float32": (lambda a: dict(topk_idx=a["topk_idx"].astype("float32")), TypeError,
+                         "topk_idx", "float32", "int64 or int32"),
+    "topk_idx uint64": (lambda a: dict(topk_idx=a["topk_idx"].astype("uint64")), TypeError,
+                        "topk_idx", "uint64", "int64 or int32"),
+    "topk_idx not contiguous": (lambda a: dict(topk_idx=zeros(T, 2 * K, dtype="int64")[:, ::2]), ValueError,
+                                "topk_idx", "not contiguous"),
+    "K 0": (lambda a: dict(topk_idx=zeros(T, 0, dtype="int64")), ValueError, "topk_idx", "0", "1 to num_experts = 4"),
+    "K above E": (lambda a: dict(topk_idx=zeros(T, 5, dtype="int64")), ValueError,
+                  "topk_idx", "5", "1 to num_experts = 4"),
+    "E 0": (lambda a: dict(num_experts=0), ValueError, "num_experts", "0", "multiple of the 1 ranks"),
+    "E above what one rank can have": (lambda a: dict(num_experts=2048), ValueError,
+                                       "num_experts", "2048", "at most 2047"),
+    "E a float": (lambda a: dict(num_experts=4.0), TypeError, "num_experts", "4.0"),
+    "out a list": (lambda a: dict(out=[1]), TypeError, "out", "list", "NumPy"),
+    "out float32": (lambda a: dict(out=zeros(E, M, H, dtype="float32")), TypeError, "out", "float32", "bfloat16"),
+    "out of another shape": (lambda a: dict(out=zeros(M, E, H)), ValueError, "out", "[8, 4, 64]", "[4, 8, 64]"),
+    "out not contiguous": (lambda a: dict(out=zeros(E, M, 2 * H)[..., ::2]), ValueError, "out", "not contiguous"),
+    "use_fp8 by default": (lambda a: dict(use_fp8=True), NotImplementedError, "use_fp8=True", "use_fp8=False"),
+    "round_scale": (lambda a: dict(round_scale=True), NotImplementedError, "round_scale=True", "round_scale=False"),
+    "use_ue8m0": (lambda a: dict(use_ue8m0=True), NotImplementedError, "use_ue8m0=True", "use_ue8m0=False"),
+    "async_finish": (lambda a: dict(async_finish=True), NotImplementedError, "async_finish=True", "async_finish=False"),
+    "rank-major": (lambda a: dict(output_layout="rank_major"), NotImplementedError, "output_layout", "'rank_major'",
+                   "'expert_major'"),
+    "topk_weights": (lambda a: dict(topk_weights=zeros(T, K, dtype="float32")), NotImplementedError,
+                     "topk_weights", "None"),
+    "statistics": (lambda a: dict(cumulative_local_expert_recv_stats=zeros(E, dtype="int32")), NotImplementedError,
+                   "cumulative_local_expert_recv_stats", "None"),
+    "costs": (lambda a: dict(dispatch_wait_recv_cost_stats=zeros(1, dtype="int64")), NotImplementedError,
+              "dispatch_wait_recv_cost_stats", "None"),
+}
+COMBINE = {
+    "handle None": (lambda a: dict(handle=None), TypeError, "handle", "None", "low_latency_dispatch"),
+    "handle a plain tuple": (lambda a: dict(handle=tuple(a["handle"])), TypeError,
+                             "handle", "tuple", "low_latency_dispatch"),
+    "x a list": (lambda a: dict(x=[1]), TypeError, "x", "list", "NumPy"),
+    "x float32": (lambda a: dict(x=a["x"].astype("float32")), TypeError, "x", "float32", "bfloat16"),
+    "x of fewer experts": (lambda a: dict(x=a["x"][1:]), ValueError, "x", "[3, 8, 64]", "[4, 8, 64]"),
+    "x of two dimensions": (lambda a: dict(x=a["x"].reshape(-1, H)), ValueError, "x", "[32, 64]", "[4, 8, 64]"),
+    "x not contiguous": (lambda a: dict(x=zeros(E, M, 2 * H)[..., ::2]), ValueError, "x", "not contiguous"),
+    "topk_idx of other rows": (lambda a: dict(topk_idx=a["topk_idx"][1:]), ValueError, "topk_idx", "[4, 3]", "[5, 3]"),
+    "topk_idx of another K": (lambda a: dict(topk_idx=a["topk_idx"][:, 1:].copy()), ValueError,
+                              "topk_idx", "[5, 2]", "[5, 3]"),
+    "topk_idx float32": (lambda a: dict(topk_idx=a["topk_idx"].astype("float32")), TypeError,
+                         "topk_idx", "float32", "int64 or int32"),
+    "weights None": (lambda a: dict(topk_weights=None), TypeError, "topk_weights", "None", "NumPy"),
+    "weights float64": (lambda a: dict(topk_weights=a["topk_weights"].astype("float64")), TypeError,
+                        "topk_weights", "float64", "float32"),
+    "weights bfloat16": (lambda a: dict(topk_weights=a["topk_weights"].astype(bfloat16)), TypeError,
+                         "topk_weights", "bfloat16", "float32"),
+    "weights of another shape": (lambda a: dict(topk_weights=a["topk_weights"].ravel()), ValueError,
+                                 "topk_weights", "[15]", "[5, 3]"),
+    "out float32": (lambda a: dict(out=zeros(T, H, dtype="float32")), TypeError, "out", "float32", "bfloat16"),
+    "out of another shape": (lambda a: dict(out=zeros(M, H)), ValueError, "out", "[8, 64]", "[5, 64]"),
+    "zero_copy of another array": (lambda a: dict(zero_copy=True), ValueError, "zero_copy=True", "x",
+                                   "get_next_low_latency_combine_buffer"),
+    "use_logfmt": (lambda a: dict(use_logfmt=True), NotImplementedError, "use_logfmt=True", "use_logfmt=False"),
+    "async_finish": (lambda a: dict(async_finish=True), NotImplementedError, "async_finish=True", "async_finish=False"),
+    "costs": (lambda a: dict(combine_wait_recv_cost_stats=zeros(1, dtype="int64")), NotImplementedError,
+              "combine_wait_recv_cost_stats", "None"),
+}
+if on_gpu():  # there only the kernel sees the values of topk_idx
+    DISPATCH |= {
+        "x on the host": (lambda a: dict(x=down(a["x"])), TypeError, "x", "cpu memory", "GPU"),
+        "topk_idx on the host": (lambda a: dict(topk_idx=down(a["topk_idx"])), TypeError,
+                                 "topk_idx", "numpy array in cpu memory", "cupy arrays"),
+    }
+else:
+    DISPATCH |= {
+        "expert E": (lambda a: dict(topk_idx=a["topk_idx"] + 1), ValueError, "topk_idx", "1 to 4", "-1 to 3"),
+        "expert -2": (lambda a: dict(topk_idx=a["topk_idx"] - 2), ValueError, "topk_idx", "-2 to 1", "-1 to 3"),
+    }
+    COMBINE |= {
+        "expert E": (lambda a: dict(topk_idx=a["topk_idx"] + 1), ValueError, "topk_idx", "1 to 4", "-1 to 3"),
+    }
+OPERATIONS = dict(low_latency_dispatch=DISPATCH, low_latency_combine=COMBINE)
+
+
+def operate_wrongly(comm, operation, wrong):
+    change, error, *words = OPERATIONS[operation][wrong]
+    with make_buffer(comm, M, H, E, K) as buf:
+        arguments = accepted(CASE, buf)[operation]
+        with rejected(error, *words):
+            getattr(buf, operation)(**arguments | change(arguments))
+        run_round(buf, CASE)  # the buffer is as good as before
+
+
+@pytest.mark.parametrize("wrong", DISPATCH)
+def test_dispatch(wrong):
+    ranks.run(1, operate_wrongly, "low_latency_dispatch", wrong)
+
+
+@pytest.mark.parametrize("wrong", COMBINE)
+def test_combine(wrong):
+    ranks.run(1, operate_wrongly, "low_latency_combine", wrong)
+
+
+def ask_for_combine_buffer(comm):
+    with make_buffer(comm, M, H, E, K) as buf:
+        handle = accepted(CASE, buf)["low_latency_combine"]["handle"]
+        for wrong in (None, 3, tuple(handle)):
+            with rejected(TypeError, "handle", type(wrong).__name__, "low_latency_dispatch"):
+                buf.get_next_low_latency_combine_buffer(wrong)
+        run_round(buf, CASE, zero_copy=True)
+
+
+def test_combine_buffer_of_no_handle():
+    ranks.run(1, ask_for_combine_buffer)
+
+
+def operate_wrongly_together(comm):
+    from mpi4py import MPI
+    case = Case(4, M, H, 2 * E, K, (T, M))
+    with make_buffer(comm, M, H, 2 * E, K) as buf, make_buffer(MPI.COMM_SELF, M, H, E, K) as alone:
+        arguments = accepted(CASE, alone)
+        with rejected(ValueError, "num_experts", "7", "multiple of the 2 ranks"):
+            buf.low_latency_dispatch(**arguments["low_latency_dispatch"] | dict(num_experts=7))
+        with rejected(TypeError, "handle", "1 rank", "low_latency_dispatch"):
+            buf.low_latency_combine(**arguments["low_latency_combine"])
+        run_round(buf, case)
+
+
+def test_arguments_that_do_not_fit_the_ranks():
+    """Experts that do not divide; a handle that another number of ranks made."""
+    ranks.run(2, operate_wrongly_together)
+
+
+def disagree_on_the_shape(comm):
+    mine = Case(5, M, H, 2 * E, K, (M, M)) if comm.rank == 0 else Case(5, 1, 8, 2, 1, (1, 1))
+    buf = make_buffer(comm, M, H, 2 * E, K, timeout_s=30)
+    with rejected(ValueError, "first use", f"max_tokens={mine.max_tokens}", f"ranks [{1 - comm.rank}]"):
+        run_round(buf, mine)
+    start = time.monotonic()
+    with pytest.raises(EPClosedError, match="another shape"):
+        run_round(buf, mine)
+    buf.destroy()
+    return time.monotonic() - start
+
+
+def test_ranks_disagree_on_the_shape():
+    """Every rank hears of it, and none waits for another."""
+    assert max(ranks.run(2, disagree_on_the_shape)) < 5
+
+
+# ---- what only a kernel can see --------------------------------------------------------------------------------------
+
+def route_wrongly(comm, expert, words):
+    with make_buffer(comm, M, H, E, K) as buf:
+        x, topk_idx = zeros(M, H), up(np.full((M, K), expert))
+        with pytest.raises(EPRoutingError) as caught:
+            buf.low_latency_dispatch(x, topk_idx, M, E, use_fp8=False).event.synchronize()
+        assert all(word in str(caught.value) for word in words), caught.value
+        with pytest.raises(EPClosedError, match="unusable"):
+            run_round(buf, CASE)
+
+
+def test_an_expert_of_no_rank_on_a_gpu():
+    if not on_gpu():
+        pytest.skip("the CPU engine looks before it launches")
+    ranks.run(1, route_wrongly, E, ["topk_idx of rank 0", "expert 4", "there are 4 experts"])
+
+
+def test_more_rows_than_there_is_room_for():
+    """24 rows for one expert, where tokens that name it once cannot make more than 8."""
+    ranks.run(1, route_wrongly, 2, ["local expert 2 of rank 0", "more than 8 rows", "more than once"])
+
+
+# ---- the life of a buffer and of its hooks ---------------------------------------------------------------------------
+
+def use_destroyed(comm):
+    buf = make_buffer(comm, M, H, E, K)
+    arguments = accepted(CASE, buf)
+    dispatch, combine = (arguments[operation] for operation in OPERATIONS)
+    hook = buf.low_latency_dispatch(**dispatch, return_recv_hook=True).hook
+    assert buf.is_available()
+    buf.destroy()
+    buf.destroy()
+    assert not buf.is_available()
+    for use in (lambda: buf.low_latency_dispatch(**dispatch), lambda: buf.low_latency_combine(**combine), hook,
+                lambda: buf.get_next_low_latency_combine_buffer(combine["handle"])):
+        with rejected(EPClosedError, "destroyed"):
+            use()
+    with make_buffer(comm, M, H, E, K) as again:
+        run_round(again, CASE)
+
+
+def test_destroyed():
+    """Every operation says that the buffer was destroyed; destroying it again does nothing."""
+    ranks.run(1, use_destroyed)
+
+
+def assert_is(got, case):
+    """A dispatch's results, of one rank, are those of the case."""
+    x, topk_idx, _, _ = case.make()
+    assert_dispatched(got, reference.low_latency_dispatch(x, topk_idx, case.max_tokens, case.experts)[0])
+
+
+def call_hooks_wrongly(comm):
+    with make_buffer(comm, M, H, E, K) as buf:
+        one, other = (accepted(case, buf)["low_latency_dispatch"] for case in (CASE, OTHER))
+        first = buf.low_latency_dispatch(**one, return_recv_hook=True)
+        second = buf.low_latency_dispatch(**other, return_recv_hook=True)
+        with rejected(RuntimeError, "two operations", "hook"):
+            buf.low_latency_dispatch(**one)
+        first.hook()
+        assert_is(first, CASE)
+        with rejected(RuntimeError, "hook", "already"):
+            first.hook()
+        third = buf.low_latency_dispatch(**one, return_recv_hook=True)
+        second.hook()
+        third.hook()
+        assert_is(second, OTHER)
+        assert_is(third, CASE)
+        with rejected(RuntimeError, "hook", "already"):
+            second.hook()
+        run_round(buf, CASE)
+
+
+def test_hooks():
+    """A third operation while two wait for their hooks, and a hook called twice, are refused and change nothing."""
+    ranks.run(1, call_hooks_wrongly)
+
+
+def fail_between(comm, wrong):
+    with make_buffer(comm, M, H, E, K) as buf:
+        one, other = (accepted(case, buf)["low_latency_dispatch"] for case in (CASE, OTHER))
+        first = buf.low_latency_dispatch(**one)
+        with rejected((TypeError, ValueError)):
+            buf.low_latency_dispatch(**other | DISPATCH[wrong][0](other))
+        second = buf.low_latency_dispatch(**other)
+        assert_is(first, CASE)
+        assert_is(second, OTHER)
+
+
+@pytest.mark.parametrize("wrong", ["x float32", "topk_idx of other rows", "out a list", "out of another shape"])
+def test_a_failed_dispatch_is_no_dispatch(wrong):
+    """Results live until the second next dispatch; one that was refused does not count."""
+    ranks.run(1, fail_between, wrong)
+
+
+def shapes_in_turn(comm):
+    with make_buffer(comm, M, H, E, K) as buf:
+        one, other, small = (accepted(case, buf)["low_latency_dispatch"] for case in (CASE, OTHER, SMALL))
+        first = buf.low_latency_dispatch(**one)
+        buf.low_latency_dispatch(**small)
+        second = buf.low_latency_dispatch(**other)
+        assert_is(first, CASE)
+        assert_is(second, OTHER)
+
+
+def test_shapes_in_turn():
+    """Results live until the second next dispatch of their shape, whatever other shapes come between."""
+    ranks.run(1, shapes_in_turn)

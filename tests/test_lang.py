@@ -1,0 +1,699 @@
+"""Every op of the kernel language on the CPU engine, against Python and NumPy.
+
+A kernel below gathers what several ops do in an output array, and runs in a narrow shape (one thread) and in wide ones.
+"""
+import functools
+import os
+import subprocess
+import sys
+import time
+from types import FunctionType
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ml_dtypes import bfloat16
+
+from pyep import layout, reference
+from pyep.channels.memory import LAST_EPOCH, next_epoch, previous_epoch, reached
+from pyep.kernels import cache, lang
+from pyep.kernels.cpu import CpuEngine, CpuKernel
+from pyep.kernels.lang import (absence, absent, add8_release, ballot, block_rank, clock_ns, f32_of, fetch_add8, fma8,
+                               lane, ld16, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc, ld8,
+                               ld8_acquire, ld8_nc, ld8_relaxed, ld8_shared, lowest_bit, num_blocks, num_threads,
+                               pause, popc, present, shared, shfl, st16, st16_relaxed, st4, st8, st8_relaxed,
+                               st8_release, st8_shared, swap8_if, syncthreads, syncwarp, thread_rank, to_bf16, udiv,
+                               umod, warp_size, zeros)
+from pyep.kernels.op import Cpu, Op
+
+OPS = {name: op for name, op in vars(lang).items() if isinstance(op, Op)}
+MASK32, MASK64 = 2**32 - 1, 2**64 - 1
+BAD_ADDRESS = 16                                    # in the page that is never mapped
+PATIENCE = 20 * 10**9                               # ns after which a waiting kernel of this file gives up
+
+# Shapes: (blocks, machine).
+NARROW, NARROW_PAIR, WIDE, ODD = (1, Cpu(1, 1)), (2, Cpu(1, 1)), (2, Cpu(8, 4)), (3, Cpu(6, 2))
+FULL_WARP = (1, Cpu(32, 32))
+
+
+def shapes(*chosen):
+    """Run a test in each of these shapes."""
+    return pytest.mark.parametrize("shape", chosen, ids=[f"{blocks},{m.threads},{m.warp}" for blocks, m in chosen])
+
+
+one_or_many = shapes(NARROW, WIDE)
+
+
+# ---- how kernels are run ---------------------------------------------------------------------------------------------
+
+@functools.cache
+def compiled(kernel, blocks, machine, shared_bytes):
+    return CpuKernel(kernel, blocks, machine, shared_bytes, {})
+
+
+def run(kernel, shape, *args, shared_bytes=0):
+    """Run a kernel to its end; an array among the arguments is passed as its address."""
+    addresses = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
+    compiled(kernel, *shape, shared_bytes).launch(0, *addresses)
+
+
+def threads_of(shape):
+    blocks, machine = shape
+    return blocks * machine.threads
+
+
+def memory(*dims, dtype=np.int64, fill=0):
+    """An array that begins on a 128-byte line: 16-byte accesses need alignment, which NumPy does not promise."""
+    nbytes = int(np.prod(dims)) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 128, np.uint8)
+    start = -raw.ctypes.data % 128
+    array = raw[start:start + nbytes].view(dtype).reshape(dims)
+    array[...] = fill
+    return array
+
+
+def filled(values, dtype=np.int64):
+    """The values in aligned memory."""
+    values = np.asarray(values, dtype)
+    return memory(*values.shape, dtype=dtype, fill=values)
+
+
+def random_words(seed, *dims):
+    return filled(np.random.default_rng(seed).integers(0, 2**64, dims, np.uint64).view(np.int64))
+
+
+def my_thread():
+    return block_rank() * num_threads() + thread_rank()
+
+
+def all_threads():
+    return num_blocks() * num_threads()
+
+
+def wait_for(address, goal, until):
+    """Wait until a counter is `goal` or more, but not for ever: a broken op shall fail its test, not hang it."""
+    while ld8_acquire(address) < goal and clock_ns() < until:
+        pause(20)
+
+
+# ---- who am I --------------------------------------------------------------------------------------------------------
+
+def who(out):
+    """Eight words a thread."""
+    at = out + 64 * my_thread()
+    st8(at, thread_rank())
+    st8(at + 8, num_threads())
+    st8(at + 16, block_rank())
+    st8(at + 24, num_blocks())
+    st8(at + 32, lane())
+    st8(at + 40, warp_size())
+    st8(at + 48, shared())
+
+
+@shapes(NARROW, NARROW_PAIR, WIDE, ODD, FULL_WARP)
+def test_ranks_and_sizes(shape):
+    blocks, (threads, warp) = shape
+    out = memory(blocks, threads, 8)
+    run(who, shape, out)
+    for block, thread in np.ndindex(blocks, threads):
+        assert out[block, thread, :6].tolist() == [thread, threads, block, blocks, thread % warp, warp]
+    bases = out[:, :, 6]
+    assert (bases == bases[:, :1]).all() and len(set(bases[:, 0].tolist())) == blocks
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+def integers(x, y, bits, n, out):
+    """Four words an entry: x // y, x % y, how many of the bits are set, the lowest of them."""
+    i = my_thread()
+    while i < n:
+        at = out + 32 * i
+        st8(at, udiv(ld8(x + 8 * i), ld8(y + 8 * i)))
+        st8(at + 8, umod(ld8(x + 8 * i), ld8(y + 8 * i)))
+        st8(at + 16, popc(ld8(bits + 8 * i)))
+        st8(at + 24, lowest_bit(ld8(bits + 8 * i)))
+        i += all_threads()
+
+
+def lowest(bits):
+    """The index of the lowest bit that is set, of 64."""
+    return (bits & -bits).bit_length() - 1 if bits else 64
+
+
+NATURAL = st.integers(0, 2**63 - 1) | st.integers(0, 300)
+WORD = st.integers(-2**63, 2**63 - 1) | st.integers(0, 63).map(lambda k: (1 << k) - (1 << 64) * (k == 63))
+
+
+@one_or_many
+@given(st.lists(st.tuples(NATURAL, NATURAL.map(lambda y: max(y, 1)), WORD), min_size=1, max_size=40))
+@example([(0, 1, 0), (2**63 - 1, 1, -1), (2**63 - 1, 2**63 - 1, -2**63), (6, 7, 1)])
+@settings(max_examples=60, deadline=None)
+def test_integers(shape, entries):
+    x, y, bits = (filled(column) for column in zip(*entries))
+    out = memory(len(entries), 4)
+    run(integers, shape, x, y, bits, len(entries), out)
+    assert out.tolist() == [[a // b, a % b, (c & MASK64).bit_count(), lowest(c & MASK64)] for a, b, c in entries]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+def widths(source, target):
+    """Each thread copies 256 bytes with accesses of every width and order."""
+    a, b = source + 256 * my_thread(), target + 256 * my_thread()
+    st8(b, ld8(a))
+    st8(b + 8, ld8_nc(a + 8))
+    st8(b + 16, ld4_nc(a + 16))                     # extended with its sign
+    st8(b + 24, ld4_nc(a + 20))
+    st4(b + 36, ld8(a + 32))                        # cut down; leaves the words beside it alone
+    st4(b + 40, ld8(a + 40))
+    st8_relaxed(b + 48, ld8_relaxed(a + 48))
+    st8_release(b + 56, ld8_acquire(a + 56))
+    st16(b + 64, ld16(a + 64))
+    st16(b + 80, ld16_nc(a + 80))
+    st16(b + 96, ld16_relaxed(a + 96))
+    st16_relaxed(b + 112, ld16(a + 112))
+
+
+@one_or_many
+def test_widths(shape):
+    for seed in range(20):
+        source, target = random_words(seed, threads_of(shape), 32), memory(threads_of(shape), 32, fill=-7)
+        expected = target.copy()
+        halves, words = source.view(np.int32), expected.view(np.int32)
+        expected[:, :2] = source[:, :2]
+        expected[:, 2:4] = halves[:, 4:6]           # int32 into int64
+        words[:, 9], words[:, 10] = halves[:, 8], halves[:, 10]
+        expected[:, 6:16] = source[:, 6:16]
+        run(widths, shape, source, target)
+        np.testing.assert_array_equal(target, expected)
+
+
+def wanted_rows(addresses, wanted, n, out):
+    """16 bytes from each address that is wanted, twice."""
+    i = my_thread()
+    while i < n:
+        st16(out + 32 * i, ld16_relaxed_if(ld8(addresses + 8 * i), ld8(wanted + 8 * i)))
+        st16(out + 32 * i + 16, ld16_nc_if(ld8(addresses + 8 * i), ld8(wanted + 8 * i)))
+        i += all_threads()
+
+
+@one_or_many
+def test_unwanted_memory_is_not_touched(shape):
+    wanted = filled([0, 1, 0, -1, 2**32, 2**63 - 1, 0, -2**63])        # also where the low half is 0
+    rows, out = random_words(1, len(wanted), 2), memory(len(wanted), 2, 2, fill=5)
+    base = rows.ctypes.data
+    addresses = filled([base + 16 * i if wanted[i] else BAD_ADDRESS for i in range(len(wanted))])
+    run(wanted_rows, shape, addresses, wanted, len(wanted), out)
+    for k in (0, 1):
+        np.testing.assert_array_equal(out[:, k], np.where(wanted[:, None] != 0, rows, 0))
+
+
+# ---- memory that several threads write -------------------------------------------------------------------------------
+
+def count_up(counters, n, value, seen):
+    """Every thread adds `value` to the first counter n times and notes what was there, and adds once to the second."""
+    i = 0
+    while i < n:
+        st8(seen + 8 * (n * my_thread() + i), fetch_add8(counters, value))
+        i += 1
+    add8_release(counters + 128, value * (1 + my_thread()))
+
+
+@pytest.mark.parametrize("value", [1, -3, 2**60])
+@shapes(NARROW, WIDE, ODD)
+def test_adds_of_many_threads(shape, value):
+    threads, n = threads_of(shape), 500
+    counters, seen = memory(2, 16), memory(threads, n)
+    run(count_up, shape, counters, n, value, seen)
+    assert counters[:, 0].view(np.uint64).tolist() == [value * threads * n & MASK64,
+                                                       value * threads * (threads + 1) // 2 & MASK64]
+    assert not counters[:, 1:].any()
+    if abs(value) < 2**32:                          # no overflow: distinct values, in order on each thread
+        np.testing.assert_array_equal(np.sort(seen // value, axis=None), np.arange(threads * n))
+        assert (np.diff(seen // value) > 0).all()
+
+
+def elect(words, n, seen):
+    """Every thread tries to be the first at each of n words, then swaps against a value that is never there."""
+    i = 0
+    while i < n:
+        st8(seen + 8 * (n * my_thread() + i), swap8_if(words + 8 * i, 0, 1 + my_thread()))
+        i += 1
+    st8(seen + 8 * (n * all_threads() + my_thread()), swap8_if(words + 8 * n, -5, 1 + my_thread()))
+
+
+@shapes(NARROW, WIDE, ODD)
+def test_swap_has_one_winner(shape):
+    threads, n = threads_of(shape), 200
+    words, seen = memory(n + 1), memory(threads * (n + 1))
+    words[n] = 77
+    run(elect, shape, words, n, seen)
+    by_thread = seen[:threads * n].reshape(threads, n)
+    winners = words[:n]
+    assert ((by_thread == 0).sum(axis=0) == 1).all()
+    np.testing.assert_array_equal(by_thread.argmin(axis=0) + 1, winners)
+    assert ((by_thread == 0) | (by_thread == winners)).all()            # the losers see who won
+    assert words[n] == 77 and (seen[threads * n:] == 77).all()          # nobody expected what was there
+
+
+def play(box, n, got):
+    """Block 0 sends n messages, block 1 reads each and answers: data, then a release that an acquire waits for."""
+    flag, answer = box + 128, box + 256
+    until = clock_ns() + PATIENCE
+    i = 1
+    while i <= n and thread_rank() == 0:
+        if block_rank() == 0:
+            st8(box, 3 * i)
+            st8_release(flag, i)
+            wait_for(answer, i, until)
+        if block_rank() == 1:
+            wait_for(flag, i, until)
+            st8(got + 8 * (i - 1), ld8(box))
+            add8_release(answer, 1)
+        i += 1
+
+
+@shapes(NARROW_PAIR, WIDE)
+def test_release_and_acquire_carry_data(shape):
+    box, got = memory(48), memory(300)
+    run(play, shape, box, len(got), got)
+    np.testing.assert_array_equal(got, 3 * np.arange(1, len(got) + 1))
+
+
+def play_rows(rows, n, got):
+    """Block 0 sends n rows into slots where nothing has arrived; block 1 takes each out once all of it is there."""
+    until = clock_ns() + PATIENCE
+    i = 0
+    while i < n and thread_rank() == 0:
+        slot = rows + 16 * (i & 1)
+        if block_rank() == 0:
+            while absent(ld16_relaxed(slot)) == 0 and clock_ns() < until:
+                pause(20)
+            st16(rows + 128, absence())
+            st8(rows + 128, i)
+            st16_relaxed(slot, present(ld16(rows + 128)))
+        if block_rank() == 1:
+            value = ld16_relaxed(slot)
+            while absent(value) != 0 and clock_ns() < until:
+                pause(20)
+                value = ld16_relaxed(slot)
+            st16(got + 16 * i, value)
+            st16_relaxed(slot, absence())
+        i += 1
+
+
+@shapes(NARROW_PAIR, WIDE)
+def test_rows_announce_themselves(shape):
+    rows, got = memory(32, fill=-1), memory(300, 2)
+    run(play_rows, shape, rows, len(got), got)
+    np.testing.assert_array_equal(got[:, 0], np.arange(len(got)))
+    assert (got[:, 1] == 0x7FFFFFFF7FFFFFFF).all()
+
+
+# ---- rows that announce themselves -----------------------------------------------------------------------------------
+
+def announce(rows, n, out):
+    """Six words a row: absent(row), absent(present(row)), present(row), absence()."""
+    i = my_thread()
+    while i < n:
+        row, at = ld16(rows + 16 * i), out + 48 * i
+        st8(at, absent(row))
+        st8(at + 8, absent(present(row)))
+        st16(at + 16, present(row))
+        st16(at + 32, absence())
+        i += all_threads()
+
+
+WORD32 = st.sampled_from([MASK32, MASK32 - 1, MASK32 >> 1, 0xFFFF, 0xFFFF0000, 0]) | st.integers(0, MASK32)
+
+
+@one_or_many
+@given(st.lists(st.tuples(*[WORD32] * 4), min_size=1, max_size=20))
+@example([tuple(MASK32 if k == i else 0xFFFF0000 + k for k in range(4)) for i in range(5)])    # each word, and none
+@settings(max_examples=100, deadline=None)
+def test_absence(shape, rows):
+    out = memory(len(rows), 12, dtype=np.uint32)
+    run(announce, shape, filled(rows, np.uint32), len(rows), out)
+    for row, got in zip(rows, out.tolist()):
+        replaced = [MASK32 >> 1 if word == MASK32 else word for word in row]
+        assert got == [int(MASK32 in row), 0, 0, 0, *replaced, *[MASK32] * 4]
+
+
+# ---- bf16 and fp32 ---------------------------------------------------------------------------------------------------
+
+TERMS, PARTS = 3, 3
+MINUS_ONE = 0xBF800000
+
+
+def weigh(values, weights, n, out):
+    """Eight sums of TERMS products each, rounded to bf16; then what that rounding lost, rounded, and once more.
+
+    So the outputs tell the fp32 sums to their last bits, which no op can store.
+    """
+    i = my_thread()
+    while i < n:
+        total = zeros()
+        for k in range(TERMS):
+            weight = f32_of(ld8(weights + 8 * (TERMS * i + k)))
+            total = fma8(ld16(values + 16 * (TERMS * i + k)), weight, total)
+        for k in range(PARTS):
+            rounded = to_bf16(total)
+            st16(out + 16 * (PARTS * i + k), rounded)
+            total = fma8(rounded, f32_of(MINUS_ONE), total)
+        i += all_threads()
+
+
+def weighed(values, weights):
+    """What `weigh` must give: values [n, TERMS, 8] bf16, weights [n, TERMS] fp32 -> [n, PARTS, 8] bf16."""
+    total, out = np.zeros((len(values), 8), np.float32), np.empty((len(values), PARTS, 8), bfloat16)
+    for k in range(TERMS):
+        total = reference.fma32(weights[:, k, None], values[:, k], total)
+    for k in range(PARTS):
+        with np.errstate(all="ignore"):
+            out[:, k] = total.astype(bfloat16)
+        total = reference.fma32(out[:, k], np.float32(-1), total)
+    return out
+
+
+def check_weigh(shape, values, weights):
+    """values [n, TERMS, 8] uint16 and weights [n, TERMS] uint32 are bit patterns."""
+    upper = np.random.default_rng(0).integers(0, 2**32, weights.shape, np.uint64) << np.uint64(32)    # must not matter
+    words = filled((weights.astype(np.uint64) | upper).view(np.int64))
+    out = memory(len(values), PARTS, 8, dtype=np.uint16)
+    run(weigh, shape, filled(values, np.uint16), words, len(values), out)
+    expected = weighed(values.view(bfloat16), weights.view(np.float32))
+    nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(out.view(bfloat16).astype(np.float32)), nan)
+    np.testing.assert_array_equal(out[~nan], expected.view(np.uint16)[~nan])
+
+
+BF16 = st.integers(0, 2**16 - 1) | st.sampled_from([0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x7F7F, 0xFF7F, 0x7F80, 0x3F80])
+FP32 = st.integers(0, MASK32) | st.sampled_from([0, 1, 0x80000001, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000])
+
+
+@one_or_many
+@given(st.lists(st.tuples(st.tuples(*[BF16] * 8 * TERMS), st.tuples(*[FP32] * TERMS)), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_sums_of_any_bits(shape, rows):
+    values, weights = zip(*rows)
+    check_weigh(shape, np.array(values, np.uint16).reshape(-1, TERMS, 8), np.array(weights, np.uint32))
+
+
+@one_or_many
+def test_sums_of_like_sizes(shape):
+    """Random bits seldom give sums whose terms meet; these do, down among the subnormals and up at the overflow."""
+    rng, n = np.random.default_rng(2), 4000
+    exponents = rng.choice([0, 1, 2, 9, 60, 127, 190, 252, 253, 254], (n, 1, 1))
+    values = rng.integers(0, 2**7, (n, TERMS, 8)) | (exponents << 7) | rng.integers(0, 2, (n, TERMS, 8)) << 15
+    weights = rng.integers(0, 2**23, (n, TERMS)) | rng.integers(119, 129, (n, TERMS)) << 23
+    check_weigh(shape, values.astype(np.uint16), weights.astype(np.uint32))
+
+
+@one_or_many
+def test_rounding_at_ties(shape):
+    """h + r, where r takes the sum to, just under or just over the midpoint of two bf16 values, at every exponent."""
+    rng, exponents = np.random.default_rng(3), np.arange(9, 255)       # of h; r is 8 or 9 binades below
+    h = rng.integers(0, 2**7, (len(exponents), 1, 8)) | rng.integers(0, 2, (len(exponents), 1, 8)) << 15
+    h[:, :, 0] = 0x7F                                                  # rounds up to the next binade, in the end to inf
+    values = np.zeros((len(exponents), 3, TERMS, 8), np.uint16)
+    values[:, :, 0] = h | exponents[:, None, None] << 7
+    values[:, :, 1] = 0x3F80
+    weights = np.zeros((len(exponents), 3, TERMS), np.uint32)
+    weights[:, :, 0] = 0x3F800000
+    half_ulp = exponents - 8 << 23
+    weights[:, :, 1] = np.stack([half_ulp - 2**16, half_ulp, half_ulp + 2**16], axis=1)
+    check_weigh(shape, values.reshape(-1, TERMS, 8), weights.reshape(-1, TERMS))
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+def tick(n, out):
+    i = 0
+    while i < n:
+        st8(out + 8 * (n * my_thread() + i), clock_ns())
+        pause(100)
+        i += 1
+
+
+@one_or_many
+def test_clock(shape):
+    out = memory(threads_of(shape), 50)
+    before = time.monotonic_ns()
+    run(tick, shape, 50, out)
+    after = time.monotonic_ns()
+    assert (np.diff(out) >= 0).all() and out.max() > out.min()
+    assert before <= out.min() and out.max() <= after
+
+
+# ---- shared memory and collectives -----------------------------------------------------------------------------------
+
+def exchange_in_block(rounds, out):
+    """Each round a thread leaves a number in shared memory and adds what its mirror image left."""
+    mine, mirror = shared() + 8 * thread_rank(), shared() + 8 * (num_threads() - 1 - thread_rank())
+    total, i = 0, 0
+    while i < rounds:
+        st8_shared(mine, 1000 * block_rank() + (i + 1) * thread_rank())
+        syncthreads()
+        total += ld8_shared(mirror)
+        syncthreads()
+        i += 1
+    st8(out + 8 * my_thread(), total)
+
+
+@shapes(NARROW, WIDE, ODD)
+def test_shared_memory_and_syncthreads(shape):
+    (blocks, (threads, _)), rounds = shape, 40
+    out = memory(blocks, threads)
+    run(exchange_in_block, shape, rounds, out, shared_bytes=8 * threads)
+    block, thread = np.indices((blocks, threads))
+    np.testing.assert_array_equal(out, rounds * 1000 * block + rounds * (rounds + 1) // 2 * (threads - 1 - thread))
+
+
+def exchange_in_warp(rounds, words, out):
+    """As above with the lanes of a warp, which meet without their block; warps do different numbers of rounds."""
+    mine = words + 8 * my_thread()
+    mirror = mine + 8 * (warp_size() - 1 - 2 * lane())
+    total, i = 0, 0
+    while i < rounds * (1 + udiv(thread_rank(), warp_size())):
+        st8(mine, (i + 1) * my_thread())
+        syncwarp()
+        total += ld8(mirror)
+        syncwarp()
+        i += 1
+    st8(out + 8 * my_thread(), total)
+
+
+@shapes(NARROW, WIDE, ODD, FULL_WARP)
+def test_syncwarp(shape):
+    blocks, (threads, warp) = shape
+    out = memory(blocks, threads // warp, warp)
+    run(exchange_in_warp, shape, 20, memory(*out.shape), out)
+    mirror = np.arange(out.size).reshape(out.shape)[:, :, ::-1]
+    rounds = 20 * (1 + np.arange(threads // warp))[None, :, None]
+    np.testing.assert_array_equal(out, rounds * (rounds + 1) // 2 * mirror)
+
+
+def ask_lanes(values, out):
+    """Per thread: what each lane has to say, what the lane k further on has, and four votes."""
+    value, at = ld8(values + 8 * my_thread()), out + 8 * (2 * warp_size() + 4) * my_thread()
+    k = 0
+    while k < warp_size():
+        st8(at, shfl(value, k))
+        st8(at + 8, shfl(value, umod(lane() + k, warp_size())))         # every lane asks another one
+        at += 16
+        k += 1
+    st8(at, ballot(value & 1))
+    st8(at + 8, ballot(value & (1 << 40)))                              # any bit makes a vote
+    st8(at + 16, ballot(value & (-1 << 63)))
+    st8(at + 24, ballot(1))
+
+
+def votes(lanes, bit):
+    """The ballot of a warp's votes on one bit of its values."""
+    return sum(1 << i for i, value in enumerate(lanes) if value & (1 << bit))
+
+
+@shapes(NARROW, WIDE, ODD, FULL_WARP)
+def test_shfl_and_ballot(shape):
+    blocks, (threads, warp) = shape
+    for seed in range(5):
+        values = random_words(seed, blocks * threads // warp, warp)
+        out = memory(*values.shape, 2 * warp + 4)
+        run(ask_lanes, shape, values, out)
+        for (w, i), got in zip(np.ndindex(values.shape), out.reshape(values.size, -1).tolist()):
+            lanes = values[w].tolist()
+            said = [x for k in range(warp) for x in (lanes[k], lanes[(i + k) % warp])]
+            assert got == [*said, votes(lanes, 0), votes(lanes, 40), votes(lanes, 63), (1 << warp) - 1]
+
+
+# ---- epochs ----------------------------------------------------------------------------------------------------------
+
+def epochs(entries, n, out):
+    """Three words for each (epoch, goal): the next and the previous epoch, and whether the goal is reached."""
+    i = my_thread()
+    while i < n:
+        epoch, goal = ld8(entries + 16 * i), ld8(entries + 16 * i + 8)
+        st8(out + 24 * i, next_epoch(epoch))
+        st8(out + 24 * i + 8, previous_epoch(epoch))
+        st8(out + 24 * i + 16, 1 if reached(epoch, goal) else 0)
+        i += all_threads()
+
+
+EPOCHS = st.integers(1, LAST_EPOCH) | st.sampled_from([1, 2, 3, 2**31 - 1, 2**31, 2**31 + 1, LAST_EPOCH - 1])
+
+
+@given(EPOCHS)
+@example(1)
+@example(LAST_EPOCH)
+def test_epochs_go_round(epoch):
+    assert next_epoch(previous_epoch(epoch)) == epoch == previous_epoch(next_epoch(epoch))
+    for neighbour in (next_epoch(epoch), previous_epoch(epoch)):
+        assert 1 <= neighbour <= LAST_EPOCH and (neighbour - epoch) % 2 == 1
+
+
+@given(EPOCHS, st.integers(0, 20))
+@example(LAST_EPOCH, 1)
+@example(LAST_EPOCH - 1, 3)
+def test_later_epochs_reach_earlier_ones(epoch, steps):
+    later = epoch
+    for _ in range(steps):
+        later = next_epoch(later)
+    assert reached(later, epoch)
+    assert reached(epoch, later) == (steps == 0)
+
+
+def test_epochs_by_hand():
+    assert (next_epoch(0), next_epoch(1), next_epoch(LAST_EPOCH)) == (1, 2, 1)
+    assert (previous_epoch(0), previous_epoch(1), previous_epoch(2)) == (LAST_EPOCH, LAST_EPOCH, 1)
+    assert LAST_EPOCH == MASK32 - 1
+    assert reached(0, previous_epoch(previous_epoch(1)))                # fresh memory: nobody waits for the first
+    assert reached(0, previous_epoch(previous_epoch(2)))
+    assert not reached(0, previous_epoch(previous_epoch(3)))            # the third waits until the first is read
+
+
+@one_or_many
+@given(st.lists(st.tuples(EPOCHS | st.just(0), EPOCHS), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_epochs_in_kernels(shape, entries):
+    out = memory(len(entries), 3)
+    run(epochs, shape, filled(entries), len(entries), out)
+    assert out.tolist() == [[next_epoch(e), previous_epoch(e), reached(e, goal)] for e, goal in entries]
+
+
+# ---- the language as a whole -----------------------------------------------------------------------------------------
+
+def test_every_op_is_documented_and_exercised():
+    functions = [f for name, f in globals().items() if isinstance(f, FunctionType) and not name.startswith("test_")]
+    used = {f.__globals__.get(name) for f in functions if f.__module__ == __name__ for name in f.__code__.co_names
+            if isinstance(f.__globals__.get(name), Op)}
+    assert [name for name, op in OPS.items() if not (op.__doc__ or "").strip()] == []
+    assert [name for name, op in OPS.items() if op not in used and not name.startswith("_")] == []
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ops_run_in_kernels_only(name):
+    op = OPS[name]
+    with pytest.raises(TypeError, match=f"{name} is an op of the kernel language"):
+        op(*range(len(op.args)))
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+BAD_SHAPES = ["1", "1,1", "1,1,1,1", "a,b,c", "1.5,1,1", "1,1,", ",,", "0,1,1", "1,0,1", "1,1,0", "-1,1,1", "1,-8,4",
+              "1,8,3", "1,6,4", "1,4,8", "1,64,64", "2 8 4"]
+
+
+@pytest.mark.parametrize("text", BAD_SHAPES)
+def test_bad_shapes_of_the_cpu(text, monkeypatch):
+    with pytest.raises(ValueError, match="PYEP_CPU_SHAPE is"):
+        CpuEngine(text)
+    monkeypatch.setenv("PYEP_CPU_SHAPE", text)
+    with pytest.raises(ValueError, match="PYEP_CPU_SHAPE is"):
+        CpuEngine()
+
+
+@pytest.mark.xfail(strict=True, reason="CpuEngine does not check layout.MAX_BLOCKS; such blocks have no epoch")
+def test_more_blocks_than_the_layout_has_epochs():
+    with pytest.raises(ValueError):
+        CpuEngine(f"{layout.MAX_BLOCKS + 1},1,1")
+
+
+def test_good_shapes_of_the_cpu(monkeypatch):
+    monkeypatch.delenv("PYEP_CPU_SHAPE", raising=False)
+    assert (CpuEngine().blocks, CpuEngine().machine) == (1, Cpu(1, 1))
+    monkeypatch.setenv("PYEP_CPU_SHAPE", "3,64,32")
+    assert (CpuEngine().blocks, CpuEngine().machine) == (3, Cpu(64, 32))
+    engine = CpuEngine("2,8,4")                     # an argument comes before the environment
+    assert (engine.blocks, engine.machine, engine.threads_for_row(1 << 20), engine.warps(8)) == (2, Cpu(8, 4), 8, 2)
+
+
+def test_engine_runs_its_shape():
+    engine, out = CpuEngine("2,8,4"), memory(2, 8, 8)
+    engine.kernel(who, engine.blocks, 8).launch(0, out.ctypes.data)
+    assert (out[:, :, 3] == 2).all() and (out[:, :, 5] == 4).all()
+
+
+# ---- the disk cache --------------------------------------------------------------------------------------------------
+
+VALUE = 0
+
+
+def helper(x):
+    return x + VALUE
+
+
+def constant(out):
+    """VALUE as the kernel sees it and as its helper does."""
+    st8(out, VALUE)
+    st8(out + 8, helper(1000))
+
+
+def constant_of(value):
+    """(what the kernel wrote, how often it was found on disk) with VALUE = value."""
+    kernel, out = CpuKernel(constant, 1, Cpu(1, 1), 0, dict(VALUE=value)), memory(2)
+    kernel.launch(0, out.ctypes.data)
+    return out.tolist(), sum(kernel.run.stats.cache_hits.values())
+
+
+def test_cached_kernels_keep_their_constants_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYEP_CACHE", str(tmp_path))
+    assert [constant_of(v) for v in (1, 2)] == [([1, 1001], 0), ([2, 1002], 0)]
+    assert [constant_of(v) for v in (2, 1)] == [([2, 1002], 1), ([1, 1001], 1)]
+
+
+# Its pthread keys are other ones than here, and so is every address: cached machine code must hold neither.
+ELSEWHERE = """
+import ctypes
+for _ in range(5):
+    ctypes.CDLL(None).pthread_key_create(ctypes.byref(ctypes.c_uint()), None)
+import test_lang
+out = test_lang.memory(2, 8, 8)
+kernel = test_lang.CpuKernel(test_lang.who, *test_lang.WIDE, 0, {})
+kernel.launch(0, out.ctypes.data)
+print(out[:, :, :6].sum(axis=(0, 1)).tolist(), sum(kernel.run.stats.cache_hits.values()))
+"""
+
+
+def test_cached_kernels_run_in_other_processes(tmp_path):
+    folders = os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))
+    environment = dict(os.environ, PYEP_CACHE=str(tmp_path), PYTHONPATH=os.pathsep.join(folders))
+    lines = [subprocess.run([sys.executable, "-c", ELSEWHERE if again else ELSEWHERE.replace("range(5)", "range(0)")],
+                            env=environment, capture_output=True, text=True, check=True).stdout.strip()
+             for again in (False, True)]
+    sums = "[56, 128, 8, 32, 24, 64]"
+    assert lines == [f"{sums} 0", f"{sums} 1"]
+
+
+def test_cache_keys():
+    def key(fn=constant, machine=Cpu(1, 1), **constants):
+        return cache.key(fn, machine, constants)
+    assert key(VALUE=1, OTHER=2) == key(OTHER=2, VALUE=1)
+    keys = [key(), key(who), key(machine=Cpu(8, 4)), key(machine=Cpu(8, 8)), key(VALUE=1), key(VALUE=2), key(OTHER=1)]
+    assert len(set(keys)) == len(keys)
+    assert all(k.isidentifier() for k in keys)
+
+
+def test_cache_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYEP_CACHE", str(tmp_path / "elsewhere"))
+    assert cache.directory("cpu") == tmp_path / "elsewhere" / "cpu" and cache.directory("cpu").is_dir()

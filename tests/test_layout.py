@@ -1,0 +1,236 @@
+"""The layout of the symmetric memory: what the protocol needs of it for any shape, and one shape worked out by hand."""
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pyep.layout import (LINE, MAX_BLOCKS, MAX_LOCAL_EXPERTS, WORD, LowLatency, Region, control, control_bytes, draw,
+                         half_capacity, low_latency_size_hint, name_of)
+
+COUNTERS = ("consumed", "rdma_recv_count")          # what other ranks write into control memory
+
+
+@st.composite
+def shapes(draw_value):
+    """R 1..9, M 1..300, H a multiple of 8, up to 16 experts a rank, any K up to E."""
+    ranks = draw_value(st.integers(1, 9))
+    experts = ranks * draw_value(st.integers(1, 16))
+    return LowLatency(num_ranks=ranks, max_tokens=draw_value(st.integers(1, 300)),
+                      hidden=8 * draw_value(st.integers(1, 1024)), num_experts=experts,
+                      num_topk=draw_value(st.integers(1, experts)))
+
+
+SMALLEST = LowLatency(num_ranks=1, max_tokens=1, hidden=8, num_experts=1, num_topk=1)
+PUBLISHED = LowLatency(num_ranks=4, max_tokens=128, hidden=7168, num_experts=256, num_topk=8)
+RANKS = st.integers(1, 9)
+
+
+def halves(shape):
+    """The regions of each operation in each half, as lists."""
+    start = control_bytes(shape.num_ranks)
+    return [data(start + i * shape.half_bytes) for i in (0, 1) for data in (shape.dispatch, shape.combine)]
+
+
+def offset_of(region, index):
+    """Where an entry is, from the definition: the last index runs fastest."""
+    return region.offset + region.item * int(np.ravel_multi_index(index, region.dims) if index else 0)
+
+
+def lines_of(region, position, value):
+    """The 128-byte lines that hold the words of a region whose index at `position` is `value`."""
+    entries = np.arange(region.nbytes // region.item).reshape(region.dims).take(value, axis=position).ravel()
+    return set(((region.offset + entries * region.item) // LINE).tolist())
+
+
+def check_in_order(regions, start, end):
+    """Regions begin on lines, lie between start and end, and do not overlap."""
+    assert all(r.offset % LINE == 0 and r.nbytes > 0 for r in regions)
+    assert regions[0].offset >= start and regions[-1].end <= end
+    for before, after in zip(regions, regions[1:]):
+        assert before.end <= after.offset
+
+
+# ---- regions ---------------------------------------------------------------------------------------------------------
+
+@given(RANKS)
+def test_control_regions(ranks):
+    regions = control(ranks)
+    check_in_order(list(regions.values()), 0, control_bytes(ranks))
+    assert control_bytes(ranks) % LINE == 0
+    assert all(name == r.name for name, r in regions.items())
+    assert regions["epoch"].dims == (MAX_BLOCKS,)
+    assert regions["consumed"].dims == (ranks,)
+    assert regions["rdma_recv_count"].dims == (2, ranks, 1 + MAX_LOCAL_EXPERTS)
+
+
+@given(shapes())
+@example(SMALLEST)
+def test_regions_of_halves(shape):
+    start = control_bytes(shape.num_ranks)
+    for i, (dispatch, combine) in enumerate(zip(halves(shape)[::2], halves(shape)[1::2])):
+        for regions in (dispatch, combine):
+            check_in_order(regions, start + i * shape.half_bytes, start + (i + 1) * shape.half_bytes)
+    assert start + 2 * shape.half_bytes == shape.nbytes
+
+
+@given(shapes())
+def test_data_fits_its_region(shape):
+    (routes, places, rows), (outputs,) = shape.dispatch(), shape.combine()
+    ranks, tokens, topk = shape.num_ranks, shape.max_tokens, shape.num_topk
+    assert routes.nbytes == places.nbytes == WORD * ranks * tokens * topk
+    assert rows.nbytes == 2 * ranks * tokens * shape.hidden and outputs.nbytes == 2 * tokens * topk * shape.hidden
+    assert rows.item == outputs.item == shape.row_bytes and shape.row_bytes % 16 == 0   # whole 16-byte vectors
+    assert shape.rows_per_expert == ranks * tokens and shape.local_experts * ranks == shape.num_experts
+
+
+# ---- words that other ranks write ------------------------------------------------------------------------------------
+
+@given(RANKS)
+def test_counters_are_aligned_words(ranks):
+    """64-bit remote adds must be safe: 8 bytes each, at multiples of 8, no two in the same place."""
+    assert WORD == 8
+    for region in control(ranks).values():
+        assert region.item in (WORD, LINE) and region.offset % WORD == region.item % WORD == 0
+
+
+@given(shapes())
+def test_routes_and_places_are_aligned_words(shape):
+    for region in [r for regions in halves(shape) for r in regions if r.name in ("routes", "places")]:
+        assert region.item == WORD and region.offset % WORD == 0
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_writers_do_not_share_lines(ranks):
+    regions = [control(ranks)[name] for name in COUNTERS]
+    by_source = [set.union(*[lines_of(r, r.index.index("source"), source) for r in regions]) for source in range(ranks)]
+    assert sum(map(len, by_source)) == len(set.union(*by_source))
+    assert {r.writer for r in regions} == {"source"}
+
+
+@pytest.mark.parametrize("ranks", range(1, 10))
+def test_all_that_ranks_write_is_accounted_for(ranks):
+    """A new region that other ranks write must join the tests of COUNTERS."""
+    writers = {r.name: r.writer for r in control(ranks).values()}
+    assert {name for name, writer in writers.items() if writer not in ("host", "this rank")} == set(COUNTERS)
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+@given(shapes())
+@example(SMALLEST)
+@example(PUBLISHED)
+def test_half_bytes(shape):
+    assert shape.half_bytes % LINE == 0
+    assert shape.half_bytes >= max(r.end for data in (shape.dispatch, shape.combine) for r in data())
+    assert shape.half_bytes - LINE < max(r.end for data in (shape.dispatch, shape.combine) for r in data())
+    assert half_capacity(shape.nbytes, shape.num_ranks) == shape.half_bytes
+    assert half_capacity(shape.nbytes - 1, shape.num_ranks) < shape.half_bytes
+
+
+@given(st.integers(0, 10**7), RANKS)
+def test_half_capacity(nbytes, ranks):
+    capacity = half_capacity(nbytes, ranks)
+    assert capacity % LINE == 0 and capacity >= 0
+    assert capacity == 0 or control_bytes(ranks) + 2 * capacity <= nbytes
+    assert control_bytes(ranks) + 2 * (capacity + LINE) > nbytes
+
+
+@given(shapes())
+@example(SMALLEST)
+def test_size_hint(shape):
+    ranks, tokens, hidden, experts, topk = shape
+    exact = low_latency_size_hint(tokens, hidden, ranks, experts, num_topk=topk)
+    assert exact == shape.nbytes
+    assert low_latency_size_hint(tokens, hidden, ranks, experts, topk) == exact
+    assert low_latency_size_hint(tokens, hidden, ranks, experts) >= exact
+
+
+@given(shapes())
+def test_size_hint_without_topk_covers_every_topk(shape):
+    room = half_capacity(low_latency_size_hint(*[shape[i] for i in (1, 2, 0, 3)]), shape.num_ranks)
+    needs = [shape._replace(num_topk=k).half_bytes for k in range(1, shape.num_experts + 1)]
+    assert needs == sorted(needs) and needs[-1] == room
+
+
+def test_a_published_shape_by_hand():
+    """M=128, H=7168, R=4, E=256, K=8: rows are 14336 bytes; each region begins at the next multiple of 128."""
+    assert {name: (r.offset, r.nbytes) for name, r in control(4).items()} == {
+        "status": (0, 8),
+        "peers": (128, 32),                             # 4 x 8
+        "failed": (256, 8),
+        "epoch": (384, 8192),                           # 1024 blocks x 8
+        "consumed": (8576, 512),                        # 4 x 128
+        "rdma_recv_count": (9088, 131072),              # 2 halves x 4 sources x (1 + 2047) x 8
+    }
+    assert control_bytes(4) == 140_160                  # 9088 + 131072
+    assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [
+        ("routes", 0, 32_768),                          # 4 x 128 x 8 words
+        ("places", 32_768, 32_768),
+        ("rows", 65_536, 7_340_032),                    # 4 x 128 rows
+    ]
+    assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine()] == [("outputs", 0, 14_680_064)]  # 128 x 8 rows
+    assert PUBLISHED.half_bytes == 14_680_064
+    assert PUBLISHED.nbytes == 29_500_288               # 140160 + 2 x 14680064
+    assert PUBLISHED.local_experts == 64 and PUBLISHED.rows_per_expert == 512
+    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_500_288
+    assert low_latency_size_hint(128, 7168, 4, 256) == 939_664_256     # 140160 + 2 x 128 x 256 x 14336
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+def entries(data, region):
+    """An index into a region, and the name that its entry should have."""
+    index = tuple(data.draw(st.integers(0, d - 1), label=i) for i, d in zip(region.index, region.dims))
+    return index, region.name + "".join(f"[{name} {i}]" for name, i in zip(region.index, index))
+
+
+@given(RANKS, st.data())
+def test_slot_names_entries(ranks, data):
+    region = data.draw(st.sampled_from(list(control(ranks).values())))
+    index, name = entries(data, region)
+    byte = data.draw(st.integers(0, region.item - 1))
+    assert region.slot(offset_of(region, index) + byte) == name
+
+
+def test_slot_by_hand():
+    region = Region("things", 1000, ("source", "token"), (3, 5), 16, "source")
+    assert (region.nbytes, region.end) == (240, 1240)
+    assert region.slot(1000) == region.slot(1015) == "things[source 0][token 0]"
+    assert region.slot(1016) == "things[source 0][token 1]"
+    assert region.slot(1239) == "things[source 2][token 4]"
+    assert Region("thing", 8, (), (), 8, "host").slot(8) == "thing"
+
+
+@given(shapes(), st.integers(0, 1000), st.booleans(), st.data())
+def test_name_of_inverts_offsets(shape, spare_lines, of_dispatch, data):
+    """In a buffer that may have been made for a larger shape."""
+    half_bytes, start = shape.half_bytes + LINE * spare_lines, control_bytes(shape.num_ranks)
+    regions = shape.dispatch if of_dispatch else shape.combine
+    half = data.draw(st.integers(0, 1))
+    here = data.draw(st.sampled_from([*control(shape.num_ranks).values(), *regions(start + half * half_bytes)]))
+    index, name = entries(data, here)
+    byte = data.draw(st.integers(0, here.item - 1))
+    suffix = f" of half {half}" if here.offset >= start else ""
+    assert name_of(offset_of(here, index) + byte, shape.num_ranks, half_bytes, regions) == name + suffix
+
+
+@given(shapes())
+def test_name_of_gaps(shape):
+    end = control(shape.num_ranks)["status"].end
+    assert name_of(end, shape.num_ranks, shape.half_bytes, shape.dispatch) == f"byte {end}"
+    assert name_of(shape.nbytes, shape.num_ranks, shape.half_bytes, shape.combine) == f"byte {shape.nbytes}"
+
+
+@given(shapes(), st.sampled_from([None, 0, 1, 12345]))
+@example(SMALLEST, None)
+def test_draw(shape, spare):
+    text = draw(shape) if spare is None else draw(shape, shape.nbytes + spare)
+    assert text.isascii() and all(line.isprintable() for line in text.split("\n"))
+    half = half_capacity(shape.nbytes + (spare or 0), shape.num_ranks)
+    start = control_bytes(shape.num_ranks)
+    everything = [*control(shape.num_ranks).values(),
+                  *[r for i in (0, 1) for data in (shape.dispatch, shape.combine) for r in data(start + i * half)]]
+    for region in everything:
+        lines = [line for line in text.split("\n") if line.split()[:2] == [f"{region.offset:,}", f"{region.nbytes:,}"]]
+        assert any(f"  {region.name}" in line and line.endswith(f"x {region.item}, {region.writer}") for line in lines)
+    assert len(text.split("\n")) == 2 + 1 + len(control(1)) + 2 * (1 + 3) + 2 * (1 + 1)
