@@ -28,6 +28,13 @@ class Library:
     def is_contiguous(self, array):
         raise NotImplementedError
 
+    def is_writable(self, array):
+        return True
+
+    def device(self, array):
+        """The index of the GPU whose memory the array is in; 0 on the CPU."""
+        return 0
+
     def empty(self, shape, dtype):
         """An array on the current device whose values are undefined."""
         raise NotImplementedError
@@ -43,8 +50,9 @@ class Library:
 
 class _NumPy(Library):
     pointer = staticmethod(lambda array: array.ctypes.data)
-    dtype = staticmethod(lambda array: array.dtype.name)
+    dtype = staticmethod(lambda array: array.dtype.name if array.dtype.isnative else f"byte-swapped {array.dtype.name}")
     is_contiguous = staticmethod(lambda array: array.flags.c_contiguous)
+    is_writable = staticmethod(lambda array: array.flags.writeable)
 
     def empty(self, shape, dtype):
         return np.empty(shape, ml_dtypes.bfloat16 if dtype == BF16 else dtype)
@@ -54,6 +62,7 @@ class _CuPy(Library):
     pointer = staticmethod(lambda array: array.data.ptr)
     dtype = staticmethod(lambda array: array.dtype.name)
     is_contiguous = staticmethod(lambda array: array.flags.c_contiguous)
+    device = staticmethod(lambda array: array.device.id)
 
     def __init__(self, name, engine):
         super().__init__(name, engine)
@@ -79,6 +88,9 @@ class _Torch(Library):
         super().__init__(name, engine)
         import torch
         self.torch = torch
+
+    def device(self, array):
+        return array.device.index or 0
 
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.engine)
@@ -108,7 +120,7 @@ def library_of(array, argument):
                     "expected a NumPy array, a CuPy array or a PyTorch tensor")
 
 
-def check(array, argument, library, dtypes, shape):
+def check(array, argument, library, dtypes, shape, writable=False):
     """TypeError or ValueError unless `array` is a contiguous array of `library` with one of `dtypes` and this shape.
 
     In `shape`, an int is a length that must be, a string names a length that may be anything.  Returns the address.
@@ -123,6 +135,8 @@ def check(array, argument, library, dtypes, shape):
         raise ValueError(f"{argument} has shape {list(array.shape)}; expected [{', '.join(map(str, shape))}]")
     if not library.is_contiguous(array):
         raise ValueError(f"{argument} is not contiguous; pass a contiguous copy of it")
+    if writable and not library.is_writable(array):
+        raise ValueError(f"{argument} is read-only; pass an array that may be written")
     address = library.pointer(array)
     if address % 16 and math.prod(array.shape) and library.dtype(array) == BF16:
         raise ValueError(f"{argument} begins at address {address:#x}; rows must begin at a multiple of 16 bytes")

@@ -2,7 +2,7 @@
 
 
 class EPError(RuntimeError):
-    """Base of all errors below.  After one of them a `Buffer` can only be destroyed."""
+    """Base of all errors below.  After one that came out of a running operation, a `Buffer` can only be destroyed."""
 
 
 class EPTimeoutError(EPError):
@@ -14,7 +14,7 @@ class EPRoutingError(EPError, ValueError):
 
 
 class EPBufferTooSmallError(EPError):
-    """The buffer has fewer bytes than the operation needs."""
+    """The buffer has fewer bytes than the operation needs.  Nothing was launched, the buffer stays usable."""
 
 
 class EPTransportError(EPError):

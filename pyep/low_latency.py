@@ -12,14 +12,17 @@ from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutErr
 from .kernels import low_latency as kernels
 
 # What the waits of a kernel wait for: (operation, phase, what the peer owes), by the number in the status record.
+DISPATCH, COMBINE = "low_latency_dispatch", "low_latency_combine"
+READ = "the peer to have read what it was sent two operations ago"
 WAITS = {
-    kernels.WAIT_CONSUMED: ("send", "the peer to have read what it was sent two operations ago"),
-    kernels.WAIT_COUNT: ("receive", "the peer's token counts"),
-    kernels.WAIT_ROUTE: ("receive", "the experts that a token of the peer selects"),
-    kernels.WAIT_PLACE: ("receive", "the row that a token of the peer gets"),
-    kernels.WAIT_ROW: ("receive", "a token of the peer"),
-    kernels.WAIT_OUTPUT: ("receive", "the output of an expert of the peer"),
-    kernels.WAIT_BEGIN: ("receive", "the peer to begin the operation"),
+    kernels.DISPATCH_CONSUMED: (DISPATCH, "send", READ),
+    kernels.DISPATCH_COUNT: (DISPATCH, "receive", "the peer's token counts"),
+    kernels.DISPATCH_ROUTE: (DISPATCH, "receive", "the experts that a token of the peer selects"),
+    kernels.DISPATCH_PLACE: (DISPATCH, "receive", "the row that a token of the peer gets"),
+    kernels.DISPATCH_ROW: (DISPATCH, "receive", "a token of the peer"),
+    kernels.COMBINE_CONSUMED: (COMBINE, "send", READ),
+    kernels.COMBINE_BEGUN: (COMBINE, "receive", "the peer to begin the operation"),
+    kernels.COMBINE_OUTPUT: (COMBINE, "receive", "the output of an expert of the peer"),
 }
 
 
@@ -36,32 +39,47 @@ class LowLatencyDispatched(NamedTuple):
 class LowLatencyHandle(tuple):
     """(src_info, layout_range, M, H, E) as in DeepEP, with what combine needs besides as attributes."""
 
-    def __new__(cls, received, shape, num_tokens):
+    def __new__(cls, owner, number, received, shape, num_tokens):
         self = super().__new__(cls, (received.src_info, received.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
-        self.shape, self.num_tokens = shape, num_tokens
-        self.row_of, self.source_tokens = received.row_of, received.source_tokens
+        self.owner, self.number, self.shape, self.num_tokens = owner, number, shape, num_tokens
+        self.private = received.row_of, received.source_tokens, received.selected
         return self
 
 
 class Received(NamedTuple):
-    """The arrays that a dispatch writes.  A buffer has two sets of a shape and uses them in turn."""
+    """The arrays that a dispatch writes."""
 
     recv_x: object
     recv_count: object
     src_info: object
     layout_range: object
     row_of: object                      # [R, M, K] int64: the row of recv_x, counted over all local experts, or -1
-    source_tokens: object               # [R] int64
+    source_tokens: object               # [R] int64: how many tokens each rank sent
+    selected: object                    # [M, K] int64: the experts that this rank's own tokens selected, or -1
 
-    @classmethod
-    def empty(cls, library, shape):
+
+class Results:
+    """All that the dispatches of a shape are received into: two sets of arrays that take turns.
+
+    `selected` takes turns among three: a combine reads it to its end, and with hooks that may be after one more dispatch.
+    """
+
+    def __init__(self, library, shape):
         local, rows, ranks = shape.local_experts, shape.rows_per_expert, shape.num_ranks
-        return cls(library.empty((local, rows, shape.hidden), "bfloat16"),
-                   library.empty((local,), "int32"),
-                   library.empty((local, rows), "int32"),
-                   library.empty((local, ranks), "int64"),
-                   library.empty((ranks, shape.max_tokens, shape.num_topk), "int64"),
-                   library.empty((ranks,), "int64"))
+        selections = shape.max_tokens, shape.num_topk
+        self.dispatches = 0
+        self._sets = [(library.empty((local, rows, shape.hidden), "bfloat16"),
+                       library.empty((local,), "int32"),
+                       library.empty((local, rows), "int32"),
+                       library.empty((local, ranks), "int64"),
+                       library.empty((ranks, *selections), "int64"),
+                       library.empty((ranks,), "int64")) for _ in range(2)]
+        self._selected = [library.empty(selections, "int64") for _ in range(3)]
+
+    def next(self, recv_x=None):
+        """The arrays for the next dispatch; `recv_x` in place of the own one, if given."""
+        own, *others = self._sets[self.dispatches % 2]
+        return Received(own if recv_x is None else recv_x, *others, self._selected[self.dispatches % 3])
 
 
 class InFlight:
@@ -72,8 +90,9 @@ class InFlight:
 
     def send(self):
         """A new operation: (its number, the `lag` argument of its kernel)."""
-        if self._pending and self._pending[0] < self._sent:
-            raise RuntimeError("two operations are waiting for their hooks already: call the older hook before the next operation")
+        if self._pending and min(self._pending) < self._sent:
+            raise RuntimeError("the hook of the operation before the last one was not called yet: call it before the next operation "
+                               "(at most two may wait for their hooks)")
         self._sent += 1
         lag = len(self._pending)
         self._pending.append(self._sent)
@@ -134,40 +153,50 @@ def make_plan(engine, shape, index_bytes, rank):
     return plan
 
 
-def check_fits(shape, nbytes):
-    """EPBufferTooSmallError unless the shape fits a symmetric memory of `nbytes`."""
+def check_fits(shape, nbytes, given):
+    """EPBufferTooSmallError unless the shape fits a symmetric memory of `nbytes`; `given`: the num_rdma_bytes asked for."""
     if layout.half_capacity(nbytes, shape.num_ranks) < shape.half_bytes:
         s = shape
         raise EPBufferTooSmallError(
-            f"num_rdma_bytes is {nbytes}, but {s.nbytes} are needed: the right size comes from "
+            f"num_rdma_bytes is {given}, but {s.nbytes} are needed: the right size comes from "
             f"Buffer.get_low_latency_rdma_size_hint({s.max_tokens}, {s.hidden}, {s.num_ranks}, {s.num_experts}, num_topk={s.num_topk})")
 
 
-def fingerprint(shape, index_bytes):
+def fingerprint(shape):
     """A number that ranks compare to see that they mean the same shape."""
-    return zlib.crc32(repr((tuple(shape), index_bytes)).encode())
+    return zlib.crc32(repr(tuple(shape)).encode())
 
 
-def error_from(record, rank, plan, operation, half_bytes, timeout_s):
-    """The exception for a status record (see `pyep.channels.memory.RECORD`), in words."""
+def error_from(record, rank, shapes, half_bytes, timeout_s):
+    """The exception for a status record (see `pyep.channels.memory.RECORD`), in words.
+
+    shapes: by operation, the shape of the latest one.
+    """
     r = dict(zip(memory.RECORD, record))
     if r["wait"] == kernels.BAD_EXPERT:
         return EPRoutingError(f"topk_idx of rank {rank} names expert {r['seen']} for token {r['expected']}; there are "
-                              f"{plan.shape.num_experts} experts")
+                              f"{shapes[DISPATCH].num_experts} experts")
     if r["wait"] == kernels.NO_ROOM:
-        return EPRoutingError(f"local expert {r['seen']} of rank {rank} got more than {plan.shape.rows_per_expert} rows: token "
-                              f"{r['expected']} of rank {r['peer']} names an expert more than once")
-    if r["wait"] not in WAITS:
-        return EPError(f"unknown status record {record}")
-    phase, owed = WAITS[r["wait"]]
-    regions = plan.shape.dispatch if operation == "low_latency_dispatch" else plan.shape.combine
-    slot = layout.name_of(r["offset"], plan.shape.num_ranks, half_bytes, regions)
-    if r["wait"] in (kernels.WAIT_COUNT, kernels.WAIT_BEGIN):
-        seen = f"expected epoch {r['expected']}, seen epoch {r['seen'] >> 32 & 0xFFFFFFFF}"
-    elif r["wait"] == kernels.WAIT_CONSUMED:
-        seen = f"expected epoch {r['expected']} or later, seen epoch {r['seen'] & 0xFFFFFFFF}"
-    else:
-        seen = "expected data, seen none"
+        return EPRoutingError(f"local expert {r['seen']} of rank {rank} got more than {shapes[DISPATCH].rows_per_expert} rows: some "
+                              "tokens name an expert more than once")
+    if r["wait"] == kernels.OTHER_OPERATION:
+        names = {kernels.COMBINE: COMBINE}
+        here, there = names.get(r["expected"], DISPATCH), names.get(r["seen"], DISPATCH)
+        if here == there:
+            there += f" with {r['seen']} tokens"
+        return EPError(f"rank {rank} called {here} where rank {r['peer']} called {there}: all ranks must make the same calls in "
+                       f"the same order (operation of epoch {r['epoch']})")
+    operation, phase, owed = WAITS[r["wait"]]
+    regions = getattr(shapes[operation], operation.removeprefix("low_latency_"))
+    slot = layout.name_of(r["offset"], shapes[operation].num_ranks, half_bytes, regions)
     return EPTimeoutError(f"{operation}, {phase} phase: rank {rank} waited {timeout_s:g} s for rank {r['peer']}: {owed}. "
-                          f"Slot {slot}: {seen} (operation of epoch {r['epoch']}). Rank {r['peer']} has exited, is stuck, or has "
-                          "not made this call")
+                          f"Slot {slot}: {_expected_and_seen(r)} (operation of epoch {r['epoch']}). Rank {r['peer']} has exited, is "
+                          "stuck, or has not made this call")
+
+
+def _expected_and_seen(r):
+    if r["wait"] in (kernels.DISPATCH_COUNT, kernels.COMBINE_BEGUN):
+        return f"expected epoch {r['expected']}, seen epoch {r['seen'] >> 32 & 0xFFFFFFFF}"
+    if r["wait"] in (kernels.DISPATCH_CONSUMED, kernels.COMBINE_CONSUMED):
+        return f"expected epoch {r['expected']} or later, seen epoch {r['seen'] & 0xFFFFFFFF}"
+    return "expected data, seen none"

@@ -26,6 +26,7 @@ class Case:
     tokens: tuple
     routing: str = "random"
     values: str = "normal"
+    index_dtype: type = np.int64
 
     @property
     def ranks(self):
@@ -61,7 +62,7 @@ class Case:
             idx[:] = -1
         elif self.routing == "repeated" and tokens * self.topk <= self.max_tokens:
             idx[:] = rng.integers(self.experts, size=(tokens, 1))
-        return np.ascontiguousarray(idx.astype(np.int64))
+        return np.ascontiguousarray(idx.astype(self.index_dtype))
 
 
 def assert_same(got, want, what):
@@ -82,11 +83,11 @@ def assert_dispatched(got, want):
         assert_same(recv_x[e, :n], want.recv_x[e, :n], f"recv_x of local expert {e}")
 
 
-def run_round(buf, case, index_dtype=np.int64, hooks=(False, False), zero_copy=False, out=False):
+def run_round(buf, case, hooks=(False, False), zero_copy=False, out=False):
     """One dispatch and one combine of a case on this rank, both compared with the oracle."""
     x, topk_idx, weights, y = case.make()
     me, shape = buf.rank, (case.max_tokens, case.experts)
-    idx, w = up(topk_idx[me].astype(index_dtype)), up(weights[me])
+    idx, w = up(topk_idx[me]), up(weights[me])
     out_x = up(np.full_like(y[me], 7)) if out else None
     got = buf.low_latency_dispatch(up(x[me]), idx, *shape, use_fp8=False, return_recv_hook=hooks[0], out=out_x)
     if hooks[0]:

@@ -15,8 +15,8 @@ from pyep import reference
 from pyep.channels.memory import LAST_EPOCH
 
 EXAMPLES = int(os.environ.get("PYEP_TEST_EXAMPLES", 75))        # random cases for each number of ranks
-# (max tokens, hidden, experts per rank, top-k).  Few, since each compiles kernels; what is in them is random.
-SHAPES = ((8, 64, 4, 3), (1, 8, 1, 1), (21, 200, 3, 2), (16, 4096, 7, 6))
+# (max tokens, hidden, experts per rank, top-k, dtype of topk_idx).  Few, since each compiles kernels; what is in them is random.
+SHAPES = ((8, 64, 4, 3, np.int64), (1, 8, 1, 1, np.int64), (21, 4104, 7, 6, np.int32))
 WIDE = ("2,8,4", "3,16,8", "1,64,32", "5,1,1")                  # blocks, threads, warp of the CPU engine
 cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="shapes of the CPU engine")
 
@@ -31,10 +31,10 @@ def shared_buffer(comm_size):
 
 @st.composite
 def cases(draw, n):
-    max_tokens, hidden, per_rank, topk = draw(st.sampled_from(SHAPES))
+    max_tokens, hidden, per_rank, topk, index_dtype = draw(st.sampled_from(SHAPES))
     tokens = draw(st.tuples(*[st.integers(0, max_tokens)] * n))
     return Case(draw(st.integers(0, 2**32)), max_tokens, hidden, per_rank * n, min(topk, per_rank * n), tokens,
-                draw(st.sampled_from(ROUTINGS)), draw(st.sampled_from(VALUES)))
+                draw(st.sampled_from(ROUTINGS)), draw(st.sampled_from(VALUES)), index_dtype)
 
 
 def one_round(comm, case, **options):
@@ -45,9 +45,9 @@ def one_round(comm, case, **options):
 def test_random_cases(n):
     """Any routing, any values, any number of tokens, with and without hooks, zero copy and preallocated outputs."""
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(cases(n), st.sampled_from((np.int64, np.int32)), st.tuples(st.booleans(), st.booleans()), st.booleans(), st.booleans())
-    def check(case, index_dtype, hooks, zero_copy, out):
-        ranks.run(n, one_round, case, index_dtype=index_dtype, hooks=hooks, zero_copy=zero_copy, out=out)
+    @given(cases(n), st.tuples(st.booleans(), st.booleans()), st.booleans(), st.booleans())
+    def check(case, hooks, zero_copy, out):
+        ranks.run(n, one_round, case, hooks=hooks, zero_copy=zero_copy, out=out)
     check()
 
 
@@ -151,6 +151,25 @@ def combines_of_one_dispatch(comm):
 
 def test_a_handle_serves_many_combines():
     ranks.run(2, combines_of_one_dispatch)
+
+
+def combine_masked(comm):
+    """Selections masked between dispatch and combine add nothing, and leave nothing behind for the next operation."""
+    buf, me = shared_buffer(comm.size), comm.rank
+    case = Case(2, 8, 64, 4 * comm.size, 3, (8,) * comm.size)
+    x, idx, w, y = case.make()
+    for turn in range(4):
+        got = buf.low_latency_dispatch(up(x[me]), up(idx[me]), 8, case.experts, use_fp8=False)
+        masked = [np.where(np.arange(3) == turn, -1, i) for i in idx]
+        out, event, _ = buf.low_latency_combine(up(y[me]), up(masked[me]), up(w[me]), got.handle)
+        event.synchronize()
+        kept = [np.where(m >= 0, v, 0).astype(np.float32) for m, v in zip(masked, w)]       # finite outputs: 0 adds nothing
+        assert_same(down(out), reference.low_latency_combine(y, idx, kept, 8, case.experts)[me], f"turn {turn}")
+        run_round(buf, case)
+
+
+def test_combine_with_masked_selections():
+    ranks.run(2, combine_masked)
 
 
 def results_in_turn(comm):

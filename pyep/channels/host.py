@@ -32,11 +32,11 @@ class HostTransport(Transport):
     name = "host"
 
     def __init__(self, bootstrap, nbytes, timeout_s):
-        require_one_host(bootstrap, self.name)
+        require_one_host(bootstrap, self.name, timeout_s)
         nbytes += -nbytes % mmap.PAGESIZE
         fd, path, named = _anonymous_file(nbytes)
-        paths = bootstrap.allgather(path)
         try:
+            paths = bootstrap.allgather(path, timeout_s, "Buffer: exchanging shared memory")
             self._maps = [self._map(fd if r == bootstrap.rank else None, p, nbytes, r) for r, p in enumerate(paths)]
             bootstrap.meet(timeout_s, "Buffer: mapping the peers' shared memory")
         finally:

@@ -24,24 +24,25 @@ class IpcTransport(Transport):
     name = "ipc"
 
     def __init__(self, bootstrap, nbytes, timeout_s):
-        require_one_host(bootstrap, self.name)
+        require_one_host(bootstrap, self.name, timeout_s)
         self._own = self._pinned = None
         self._opened = []
         try:
-            self._open(bootstrap, nbytes)
+            self._open(bootstrap, nbytes, timeout_s)
             bootstrap.meet(timeout_s, "Buffer: opening the peers' GPU memory")
         except Exception:
-            self.close(lambda: None)
+            self.close(lambda: False)
             raise
 
-    def _open(self, bootstrap, nbytes):
+    def _open(self, bootstrap, nbytes, timeout_s):
         device = call(runtime.cudaGetDevice)
-        buses = bootstrap.allgather(call(runtime.cudaDeviceGetPCIBusId, 32, device))
+        buses = bootstrap.allgather(call(runtime.cudaDeviceGetPCIBusId, 32, device), timeout_s, "Buffer: comparing GPUs")
         self._require_peer_access(device, buses)
         self._own = call(runtime.cudaMalloc, nbytes)
         call(runtime.cudaMemset, self._own, 0, nbytes)
         call(runtime.cudaDeviceSynchronize)
-        handles = bootstrap.allgather(bytes(call(runtime.cudaIpcGetMemHandle, self._own).reserved))
+        handle = bytes(call(runtime.cudaIpcGetMemHandle, self._own).reserved)
+        handles = bootstrap.allgather(handle, timeout_s, "Buffer: exchanging GPU memory")
         for rank, raw in enumerate(handles):
             self._opened.append(self._own if rank == bootstrap.rank else self._open_handle(raw))
         self.peers = [int(p) for p in self._opened]
@@ -84,8 +85,7 @@ class IpcTransport(Transport):
             if address is not self._own:
                 runtime.cudaIpcCloseMemHandle(address)
         self._opened = []
-        meet()                                                   # nobody maps what is freed now
-        if self._own is not None:
+        if meet() and self._own is not None:                     # else a peer may still write: the memory goes with the process
             runtime.cudaFree(self._own)
         if self._pinned is not None:
             runtime.cudaFreeHost(self._pinned)

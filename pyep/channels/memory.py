@@ -94,7 +94,7 @@ def wait_count(watch, wait, source, counter):
 
 @rare
 def wait_epoch(watch, wait, source, counter, goal):
-    """Wait until the epoch that a counter holds has reached `goal`."""
+    """Wait until the epoch that a counter holds has reached `goal`; 1, or 0 if it never did."""
     value = ld8_acquire(counter)
     deadline, polls = 0, 0
     while not reached(value, goal) and deadline >= 0:
@@ -102,6 +102,7 @@ def wait_epoch(watch, wait, source, counter, goal):
         if polls & 15 == 0:
             deadline = patience(deadline, watch, wait, source, counter, goal, value)
         value = ld8_acquire(counter)
+    return 1 if deadline >= 0 else 0
 
 
 @rare

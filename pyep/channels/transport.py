@@ -1,6 +1,7 @@
 """What a transport owes `Buffer`, and how ranks find and meet each other on the host."""
 import itertools
 import os
+import pickle
 import time
 from datetime import timedelta
 
@@ -31,62 +32,77 @@ class Transport:
         raise NotImplementedError
 
     def close(self, meet):
-        """Unmap the peers' memory, call `meet()`, then free the own memory.  Idempotent, does not fail, leaks nothing."""
+        """Unmap the peers' memory, call `meet()`, and if that says that all ranks have come, free the own memory.
+
+        Idempotent, does not fail.
+        """
         raise NotImplementedError
 
 
 def host_identity():
-    """A string that is the same for ranks that can share memory: the boot of a kernel."""
+    """A string that is the same for ranks that can share memory: the boot of a kernel, and the process ids' namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
-            return f.read().strip()
+            return f.read().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return os.uname().nodename
 
 
-def require_one_host(bootstrap, name):
+def require_one_host(bootstrap, name, timeout_s):
     """EPTransportError, on every rank, unless all ranks run on one host."""
-    hosts = bootstrap.allgather(host_identity())
+    hosts = bootstrap.allgather(host_identity(), timeout_s, "Buffer: comparing hosts")
     others = [r for r, h in enumerate(hosts) if h != hosts[0]]
     if others:
-        raise EPTransportError(f"transport {name!r} needs all ranks on one host, but ranks {others} run on another than rank 0")
+        raise EPTransportError(f"transport {name!r} needs all ranks on one host (and in one container), but ranks {others} "
+                               "run on another than rank 0")
 
 
 class MpiBootstrap:
-    """Ranks that find each other through an mpi4py communicator (a duplicate of it: our messages never meet the caller's)."""
+    """Ranks that find each other through an mpi4py communicator (a duplicate of it: our messages never meet the caller's).
 
-    def __init__(self, comm):
-        self._comm = comm.Dup()
+    Messages to and from everyone instead of MPI's collectives: those have no time limit and cannot say who is missing.
+    """
+
+    def __init__(self, comm, timeout_s):
         self.rank, self.size = comm.rank, comm.size
         self._tags = itertools.cycle(range(1, 32768))            # MPI promises tags up to 32767
+        self._comm, duplicated = comm.Idup()
+        deadline = time.monotonic() + timeout_s
+        while not duplicated.Test():
+            if time.monotonic() > deadline:
+                raise EPTimeoutError(f"Buffer: rank {self.rank} waited {timeout_s:g} s for the other ranks to make a Buffer too")
+            time.sleep(20e-6)
 
-    def allgather(self, value):
-        """The values of all ranks, in rank order; collective."""
-        return self._comm.allgather(value)
+    def allgather(self, value, timeout_s, what):
+        """The values (anything that can be pickled) of all ranks, in rank order; EPTimeoutError that names who did not come."""
+        data = pickle.dumps(value)
+        sizes = self.meet(timeout_s, what, len(data))
+        received = [bytearray(n) for n in sizes]
+        self._exchange(bytearray(data), received, timeout_s, what)
+        return [value if r == self.rank else pickle.loads(d) for r, d in enumerate(received)]
 
     def meet(self, timeout_s, what, word=0):
-        """Return once every rank has called it; EPTimeoutError that names who did not.  Returns all ranks' `word`s (int64).
-
-        Messages to and from everyone instead of MPI's barrier: that one cannot say who is missing.
-        """
-        from mpi4py import MPI
-        tag, words = next(self._tags), np.zeros(self.size, np.int64)
+        """Return once every rank has called it: all ranks' `word`s (int64).  EPTimeoutError that names who did not come."""
+        words = np.zeros(self.size, np.int64)
         words[self.rank] = word
-        own = words[self.rank:self.rank + 1].copy()
-        peers = [r for r in range(self.size) if r != self.rank]
-        receives = [self._comm.Irecv([words[r:r + 1], MPI.INT64_T], r, tag) for r in peers]
-        sends = [self._comm.Isend([own, MPI.INT64_T], r, tag) for r in peers]
-        deadline, here = time.monotonic() + timeout_s, [False] * len(peers)
-        while not all(here) or not MPI.Request.Testall(sends):
-            here = [done or request.Test() for done, request in zip(here, receives)]
-            if time.monotonic() > deadline:
-                for request, done in zip(receives, here):
-                    if not done:
-                        request.Cancel()
-                missing = [r for r, done in zip(peers, here) if not done]
-                raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for ranks {missing}, which have not come")
-            time.sleep(20e-6)
+        self._exchange(words[self.rank:self.rank + 1].copy(), [words[r:r + 1] for r in range(self.size)], timeout_s, what)
         return words.tolist()
+
+    def _exchange(self, mine, theirs, timeout_s, what):
+        """Send the buffer `mine` to every rank, and receive theirs[r] from every rank r but this one."""
+        from mpi4py import MPI
+        tag, peers = next(self._tags), [r for r in range(self.size) if r != self.rank]
+        receives = {r: self._comm.Irecv([theirs[r], MPI.BYTE], r, tag) for r in peers}
+        sends = [self._comm.Isend([mine, MPI.BYTE], r, tag) for r in peers]
+        deadline = time.monotonic() + timeout_s
+        while receives or not MPI.Request.Testall(sends):
+            receives = {r: request for r, request in receives.items() if not request.Test()}
+            if time.monotonic() > deadline:
+                for request in receives.values():
+                    request.Cancel()
+                self._abandoned = receives, sends, mine, theirs  # MPI may still look at them
+                raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for ranks {list(receives)}, which have not come")
+            time.sleep(20e-6)
 
     def close(self):
         """Collective in MPI's eyes, so only called when all ranks have met just before."""
@@ -102,17 +118,20 @@ class TorchBootstrap:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
-    def allgather(self, value):
+    def allgather(self, value, timeout_s, what):
+        self._wait(timeout_s, what)
         values = [None] * self.size
         self._dist.all_gather_object(values, value, group=self._group)
         return values
 
     def meet(self, timeout_s, what, word=0):
+        return self.allgather(word, timeout_s, what)
+
+    def _wait(self, timeout_s, what):
         try:
             self._dist.monitored_barrier(self._group, timedelta(seconds=timeout_s), wait_all_ranks=True)
         except RuntimeError as error:
             raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for the other ranks: {error}") from error
-        return self.allgather(word)
 
     def close(self):
         self._dist.destroy_process_group(self._group)

@@ -7,6 +7,7 @@ import threading
 import numba
 from numba import int64, void
 
+from ..layout import MAX_BLOCKS
 from . import cache, llvm
 from .op import Cpu, bind
 
@@ -65,6 +66,8 @@ class CpuEngine:
             self.blocks, threads, warp = (int(n) for n in text.split(","))
         except ValueError:
             raise ValueError(f"PYEP_CPU_SHAPE is {text!r}; expected blocks,threads,warp, for instance 2,8,4") from None
+        if self.blocks > MAX_BLOCKS:
+            raise ValueError(f"PYEP_CPU_SHAPE is {text!r}: at most {MAX_BLOCKS} blocks are possible")
         if min(self.blocks, threads, warp) < 1 or threads % warp or warp > 32 or warp & (warp - 1):
             raise ValueError(f"PYEP_CPU_SHAPE is {text!r}: the warp must be 1, 2, 4, 8, 16 or 32 and divide the threads")
         self.machine = Cpu(threads, warp)

@@ -305,6 +305,21 @@ def syncthreads():
     _meet(_barriers(), num_threads())
 
 
+@op(i64, (i64,), ptx="{ .reg .pred p; setp.ne.s64 p, $1, 0; bar.red.or.pred p, 0, p; selp.b64 $0, 1, 0, p; }", collective=True)
+def syncthreads_or(vote):
+    """`syncthreads`, and 1 if any thread of the block voted other than 0, else 0."""
+    if num_threads() == 1:
+        return 1 if vote != 0 else 0
+    st8(_exchange() + 8 * thread_rank(), vote)
+    syncthreads()
+    result = 0
+    for k in range(num_threads()):
+        if ld8(_exchange() + 8 * k) != 0:
+            result = 1
+    syncthreads()
+    return result
+
+
 @op(ptx="bar.warp.sync 0xffffffff;", collective=True)
 def syncwarp():
     """The warp meets; what its lanes stored before is visible to all of them after."""

@@ -14,20 +14,24 @@ for: to have finished operation n is to know that every rank has begun it, hence
 Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive; they may overlap (one block plays both
 roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
 """
-from ..channels.memory import (next_epoch, peer, previous_epoch, report, take16, take_word, tell, wait_count, wait_epoch)
-from .lang import (ballot, block_rank, fma8, lane, ld4_nc, ld8, ld8_nc, ld8_shared, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, f32_of, num_blocks,
-                   num_threads, popc, present, shared, st4, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, syncthreads,
-                   thread_rank, to_bf16, udiv, umod, warp_size, zeros)
+from ..channels.memory import next_epoch, peer, previous_epoch, report, take16, take_word, tell, wait_count, wait_epoch
+from .lang import (ballot, block_rank, f32_of, fma8, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, ld8_shared, ld16_nc, ld16_nc_if,
+                   ld16_relaxed, ld16_relaxed_if, num_blocks, num_threads, popc, present, shared, st4, st8, st8_relaxed, st8_release,
+                   st8_shared, st16, st16_relaxed, syncthreads, syncthreads_or, thread_rank, to_bf16, udiv, umod, warp_size, zeros)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = ROW_BYTES = 0
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
-EPOCH = CONSUMED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = 0      # offsets in control memory, see pyep.layout
+EPOCH = CONSUMED = FAILED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = 0      # offsets in control memory, see pyep.layout
 PLACES = ROWS = 0                               # offsets in a half, see pyep.layout.LowLatency.dispatch
 
+NOT_ADDED = -(1 << 63)                          # the sign bit: see list_outputs
+COMBINE = 1 << 31                               # in the word that tells that an operation has begun: it is a combine
+
 # What a wait waits for; pyep.low_latency puts them in words.
-WAIT_CONSUMED, WAIT_BEGIN, WAIT_COUNT, WAIT_ROUTE, WAIT_PLACE, WAIT_ROW, WAIT_OUTPUT, BAD_EXPERT, NO_ROOM = range(1, 10)
+(DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
+ BAD_EXPERT, NO_ROOM, OTHER_OPERATION) = range(1, 12)
 
 
 # ---- what both operations begin and end with -------------------------------------------------------------------------
@@ -60,10 +64,11 @@ def count_slot(memory, epoch, source):
     return memory + COUNTS + ((epoch & 1) * RANKS + source) * COUNTS_STRIDE
 
 
-def begin(watch, me, lag):
+def begin(watch, wait, me, lag):
     """Tell every rank what is consumed here, and wait until all ranks have consumed what this operation overwrites.
 
     `lag`: operations sent before this one and not yet received (their hooks are still to be called): 0 or 1.
+    Returns 1, or 0 if a rank has not: then nothing may be sent.  The block meets here.
     """
     base, _, epoch = watch
     before = previous_epoch(epoch)
@@ -71,18 +76,21 @@ def begin(watch, me, lag):
     while rank < RANKS and block_rank() == num_blocks() - 1:     # the last block: the first ones have rows to send
         st8_release(peer(base, rank) + CONSUMED + 128 * me, previous_epoch(before) if lag > 0 else before)
         rank += num_threads()
+    missing = 0
     rank = num_threads() - 1 - thread_rank()                     # the last warp: the first ones have lists to make
     while rank < RANKS:
-        wait_epoch(watch, WAIT_CONSUMED, rank, base + CONSUMED + 128 * rank, previous_epoch(before))
+        missing |= ld8_relaxed(base + FAILED)                    # an operation before this one failed: send nothing more
+        missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + 128 * rank, previous_epoch(before))
         rank += num_threads()
+    return 1 - syncthreads_or(missing)
 
 
-def tell_begun(part, watch, me, num_tokens):
-    """Tell every rank that this operation has begun here, and how many tokens it sends."""
+def tell_begun(part, watch, me, what):
+    """Tell every rank that this operation has begun here; `what`: COMBINE, or how many tokens a dispatch sends."""
     base, _, epoch = watch
     rank = thread_rank()
     while rank < RANKS and part == 0:
-        tell(count_slot(peer(base, rank), epoch, me), epoch, num_tokens)
+        tell(count_slot(peer(base, rank), epoch, me), epoch, what)
         rank += num_threads()
 
 
@@ -99,15 +107,16 @@ def expert_at(topk_idx, selection):
     return ld8_nc(topk_idx + 8 * selection) if INDEX_BYTES == 8 else ld4_nc(topk_idx + 4 * selection)
 
 
-def send_routes(part, parts, watch, me, half, topk_idx, num_tokens):
-    """Every selection's expert, to every rank."""
+def send_routes(part, parts, watch, me, half, topk_idx, num_tokens, selected):
+    """Every selection's expert, to every rank; `selected` keeps it for combine."""
     base, _, _ = watch
     selection = part * num_threads() + thread_rank()
     while selection < num_tokens * TOPK:
         expert = expert_at(topk_idx, selection)
-        if expert >= EXPERTS:
+        if expert < -1 or expert >= EXPERTS:
             report(watch, BAD_EXPERT, me, base, udiv(selection, TOPK), expert)
             expert = -1
+        st8(selected + 8 * selection, expert)
         for i in range(RANKS):
             st8_relaxed(peer(base, after(me, i)) + half + 8 * (me * MAX_TOKENS * TOPK + selection), expert + 1 if expert >= 0 else 0)
         selection += parts * num_threads()
@@ -139,10 +148,10 @@ def send_places(part, parts, watch, me, half, topk_idx, num_tokens):
         expert += parts * warps
 
 
-def announce(part, parts, watch, me, half, topk_idx, num_tokens):
+def announce(part, parts, watch, me, half, topk_idx, num_tokens, selected):
     """All that the other ranks must know about this rank's tokens."""
     tell_begun(part, watch, me, num_tokens)
-    send_routes(part, parts, watch, me, half, topk_idx, num_tokens)
+    send_routes(part, parts, watch, me, half, topk_idx, num_tokens, selected)
     send_places(part, parts, watch, me, half, topk_idx, num_tokens)
 
 
@@ -235,7 +244,10 @@ def read_counts(part, watch, recv_count, layout_range, source_tokens):
     while word < words:
         source = word if word < RANKS else udiv(word - RANKS, LOCAL_EXPERTS)
         entry = 0 if word < RANKS else 1 + word - RANKS - source * LOCAL_EXPERTS
-        count = wait_count(watch, WAIT_COUNT, source, count_slot(base, epoch, source) + 8 * entry)
+        count = wait_count(watch, DISPATCH_COUNT, source, count_slot(base, epoch, source) + 8 * entry)
+        if entry == 0 and count > MAX_TOKENS:
+            report(watch, OTHER_OPERATION, source, base, 0, count)
+            count = 0
         st8_shared(shared() + 8 * word, count)
         if part == 0 and word < RANKS:
             st8(source_tokens + 8 * source, count)
@@ -267,9 +279,9 @@ def list_rows(addresses, watch, me, half, source, token, recv_x, src_info, row_o
         row = -1
         if k < TOPK:
             selection = (source * MAX_TOKENS + token) * TOPK + k
-            expert = take_word(watch, WAIT_ROUTE, source, base + half + 8 * selection) - 1 - me * LOCAL_EXPERTS
+            expert = take_word(watch, DISPATCH_ROUTE, source, base + half + 8 * selection) - 1 - me * LOCAL_EXPERTS
             if 0 <= expert and expert < LOCAL_EXPERTS:
-                place = take_word(watch, WAIT_PLACE, source, base + half + PLACES + 8 * selection) & 0xFFFFFFFF
+                place = take_word(watch, DISPATCH_PLACE, source, base + half + PLACES + 8 * selection) & 0xFFFFFFFF
                 row = ld8_shared(shared() + 8 * (RANKS + source * LOCAL_EXPERTS + expert)) + place
                 if row < RANKS * MAX_TOKENS:
                     row += expert * RANKS * MAX_TOKENS
@@ -325,7 +337,7 @@ def receive_rows(part, parts, watch, me, half, recv_x, src_info, row_of):
                 row = base + half + ROWS + (source * MAX_TOKENS + token) * ROW_BYTES
                 offset = 16 * thread_rank()
                 while offset < ROW_BYTES:
-                    value = take16(ld16_relaxed(row + offset), watch, WAIT_ROW, source, row + offset)
+                    value = take16(ld16_relaxed(row + offset), watch, DISPATCH_ROW, source, row + offset)
                     i = 1
                     while i <= count:
                         st16(ld8_shared(slot + 8 * i) + offset, value)
@@ -337,22 +349,22 @@ def receive_rows(part, parts, watch, me, half, recv_x, src_info, row_of):
 
 
 def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, num_tokens, recv_x, recv_count, src_info, layout_range, row_of,
-             source_tokens):
-    """The kernel.  Arrays as in `Buffer.low_latency_dispatch`; for combine, row_of [R, M, K] int64 is the row of recv_x (over
-    all local experts) that a selection got, or -1, and source_tokens [R] int64 how many tokens each source sent."""
+             source_tokens, selected):
+    """The kernel.  Arrays as in `Buffer.low_latency_dispatch`, and for combine: row_of [R, M, K] int64, the row of recv_x (over
+    all local experts) that a source's selection got, or -1; source_tokens [R] int64, how many tokens each source sent;
+    selected [M, K] int64, the experts of this rank's own selections, or -1."""
     epoch = this_epoch(base, lag)
     watch = (base, timeout, epoch)
     half = half_of(epoch, half_bytes)
     sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
     if SENDERS > 0:
-        begin(watch, me, lag)
-        syncthreads()
+        free = begin(watch, DISPATCH_CONSUMED, me, lag)
+        announcer, announcers = sender, SENDERS
         if RECEIVERS > 0:                                        # they have nothing to do yet
-            if receiver >= 0:
-                announce(receiver, RECEIVERS, watch, me, half, topk_idx, num_tokens)
-        else:
-            announce(sender, SENDERS, watch, me, half, topk_idx, num_tokens)
-        if sender < SENDERS:
+            announcer, announcers = receiver, RECEIVERS
+        if free != 0 and announcer >= 0:
+            announce(announcer, announcers, watch, me, half, topk_idx, num_tokens, selected)
+        if free != 0 and sender < SENDERS:
             send_rows(sender, SENDERS, watch, me, half, x, topk_idx, num_tokens)
     if RECEIVERS > 0:
         if receiver >= 0:
@@ -382,22 +394,24 @@ def send_outputs(part, parts, watch, me, half, y, row_of, source_tokens):
         unit += parts
 
 
-def list_outputs(entries, half_start, topk_idx, topk_weights, token):
-    """One warp lists what a token is the sum of, in k order, two words each: the slot; source rank << 32 | weight."""
+def list_outputs(entries, half_start, topk_idx, topk_weights, selected, token):
+    """One warp lists what a token is the sum of, in k order, two words each: the slot; source rank << 32 | weight.
+
+    `selected` says what will come.  Where the caller's topk_idx has become -1 meanwhile, the second word is negative: the
+    output is taken out of its slot, but not added.
+    """
     count = 0
     first = 0
     while first < TOPK:
         k = first + lane()
-        expert = -1
-        if k < TOPK:
-            expert = expert_at(topk_idx, token * TOPK + k)
-        hit = 1 if 0 <= expert and expert < EXPERTS else 0
-        hits = ballot(hit)
-        if hit != 0:
+        selection = token * TOPK + k
+        expert = ld8_nc(selected + 8 * selection) if k < TOPK else -1
+        hits = ballot(1 if expert >= 0 else 0)
+        if expert >= 0:
             entry = entries + 16 * (count + popc(hits & ((1 << lane()) - 1)))
-            weight = ld4_nc(topk_weights + 4 * (token * TOPK + k)) & 0xFFFFFFFF
-            st8_shared(entry, half_start + (token * TOPK + k) * ROW_BYTES)
-            st8_shared(entry + 8, udiv(expert, LOCAL_EXPERTS) << 32 | weight)
+            word = udiv(expert, LOCAL_EXPERTS) << 32 | ld4_nc(topk_weights + 4 * selection) & 0xFFFFFFFF
+            st8_shared(entry, half_start + selection * ROW_BYTES)
+            st8_shared(entry + 8, word if expert_at(topk_idx, selection) >= 0 else word | NOT_ADDED)
         count += popc(hits)
         first += warp_size()
     return count
@@ -406,8 +420,8 @@ def list_outputs(entries, half_start, topk_idx, topk_weights, token):
 def add_output(total, look, watch, entry, offset):
     """Add one listed output to the sum, once it is there; `look`: what a first look at it has shown."""
     word = ld8_shared(entry + 8)
-    value = take16(look, watch, WAIT_OUTPUT, word >> 32, ld8_shared(entry) + offset)
-    return fma8(value, f32_of(word), total)
+    value = take16(look, watch, COMBINE_OUTPUT, (word & ~NOT_ADDED) >> 32, ld8_shared(entry) + offset)
+    return fma8(value, f32_of(word), total) if word >= 0 else total
 
 
 def sum_listed(entries, count, watch, offset):
@@ -432,7 +446,7 @@ def sum_listed(entries, count, watch, offset):
     return total
 
 
-def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, num_tokens, out):
+def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, selected, num_tokens, out):
     """out[t] = bf16(sum over k, in order, of weight * output), in fp32 fma.  A warp lists a token's outputs, then the block
     sums the warps' tokens."""
     base, _, _ = watch
@@ -444,7 +458,7 @@ def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, num_tokens, ou
         token = first + warp * parts
         count = 0
         if token < num_tokens:
-            count = list_outputs(shared() + warp * stride + 8, base + half, topk_idx, topk_weights, token)
+            count = list_outputs(shared() + warp * stride + 8, base + half, topk_idx, topk_weights, selected, token)
         if lane() == 0:
             st8_shared(shared() + warp * stride, count)
         syncthreads()
@@ -465,28 +479,29 @@ def align4(n):
 
 
 def wait_for_all(part, watch):
-    """One block makes sure that every rank has begun this operation, also those that have nothing for this one."""
+    """One block makes sure that every rank has begun this operation, also those that have nothing for this rank."""
     base, _, epoch = watch
     rank = thread_rank()
     while rank < RANKS and part == 0:
-        wait_count(watch, WAIT_BEGIN, rank, count_slot(base, epoch, rank))
+        begun = wait_count(watch, COMBINE_BEGUN, rank, count_slot(base, epoch, rank))
+        if begun != COMBINE:
+            report(watch, OTHER_OPERATION, rank, base, COMBINE, begun)
         rank += num_threads()
 
 
-def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, row_of, source_tokens, out):
-    """The kernel.  y [L, R*M, H] bf16, row_of and source_tokens as `dispatch` left them; out [T, H] bf16."""
+def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, row_of, source_tokens, selected,
+            out):
+    """The kernel.  y [L, R*M, H] bf16; row_of, source_tokens and selected as `dispatch` left them; out [T, H] bf16."""
     epoch = this_epoch(base, lag)
     watch = (base, timeout, epoch)
     half = half_of(epoch, half_bytes)
     sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
     if SENDERS > 0:
-        begin(watch, me, lag)
-        syncthreads()
-        if sender < SENDERS:
-            tell_begun(sender, watch, me, num_tokens)
+        if begin(watch, COMBINE_CONSUMED, me, lag) != 0 and sender < SENDERS:
+            tell_begun(sender, watch, me, COMBINE)
             send_outputs(sender, SENDERS, watch, me, half, y, row_of, source_tokens)
     if RECEIVERS > 0:
         if receiver >= 0:
-            sum_outputs(receiver, RECEIVERS, watch, half, topk_idx, topk_weights, num_tokens, out)
             wait_for_all(receiver, watch)
+            sum_outputs(receiver, RECEIVERS, watch, half, topk_idx, topk_weights, selected, num_tokens, out)
     end_epoch(base, epoch)

@@ -1,0 +1,56 @@
+"""Which engine and which transport a `Buffer` uses, from its arguments, the environment and what the machine has."""
+import os
+
+from .channels.transport import host_identity
+from .errors import EPTransportError
+
+TRANSPORTS = {"host": "cpu", "ipc": "cuda"}      # the engine that each serves
+
+
+def choose_device():
+    """"cpu" or "cuda": PYEP_DEVICE, or the GPU where one is visible."""
+    device = os.environ.get("PYEP_DEVICE", "").lower()
+    if device not in ("", "cpu", "cuda"):
+        raise ValueError(f"PYEP_DEVICE is {device!r}; expected cpu or cuda")
+    if device == "cpu":
+        return "cpu"
+    try:
+        from .kernels import cuda
+        if cuda.device_count() > 0:
+            return "cuda"
+    except ImportError as error:
+        if device == "cuda":
+            raise EPTransportError(f"PYEP_DEVICE=cuda needs the CUDA packages: pip install 'pyep[cuda]' ({error})") from error
+    if device == "cuda":
+        raise EPTransportError("PYEP_DEVICE=cuda, but the driver shows no GPU; see `nvidia-smi` and CUDA_VISIBLE_DEVICES")
+    return "cpu"
+
+
+def choose_engine(device, bootstrap, timeout_s):
+    """The engine of this rank; collective.  A GPU is the caller's current one, else the rank's index on its host."""
+    if device == "cpu":
+        from .kernels.cpu import CpuEngine
+        return CpuEngine()
+    from .kernels import cuda
+    hosts = bootstrap.allgather(host_identity(), timeout_s, "Buffer: finding the ranks of this host")
+    local_rank = hosts[:bootstrap.rank].count(hosts[bootstrap.rank])
+    current = cuda.current_device()
+    return cuda.CudaEngine(local_rank % cuda.device_count() if current is None else current)
+
+
+def choose_transport(name, device):
+    """The class of a transport by name; "auto" is PYEP_TRANSPORT, or what serves the engine."""
+    variable = "transport"
+    if name == "auto" and os.environ.get("PYEP_TRANSPORT"):
+        variable, name = "PYEP_TRANSPORT", os.environ["PYEP_TRANSPORT"]
+    if name == "auto":
+        name = {"cpu": "host", "cuda": "ipc"}[device]
+    if name not in TRANSPORTS:
+        raise ValueError(f"{variable} is {name!r}; expected \"auto\", \"host\" or \"ipc\"")
+    if TRANSPORTS[name] != device:
+        raise EPTransportError(f"{variable} is {name!r}, which does not serve the {device} engine: use \"host\" with cpu, \"ipc\" with cuda")
+    if name == "host":
+        from .channels.host import HostTransport
+        return HostTransport
+    from .channels.ipc import IpcTransport
+    return IpcTransport
