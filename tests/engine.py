@@ -25,6 +25,7 @@ def make_buffer(comm, M, H, E, K, **options):
     """A Buffer with the memory that operations of this shape need; more or other arguments in `options`."""
     if on_gpu():
         import cupy
-        cupy.cuda.Device(comm.rank % cupy.cuda.runtime.getDeviceCount()).use()
+        from mpi4py import MPI
+        cupy.cuda.Device(MPI.COMM_WORLD.rank % cupy.cuda.runtime.getDeviceCount()).use()        # also for a buffer of its own
     size = pyep.Buffer.get_low_latency_rdma_size_hint(M, H, comm.size, E, num_topk=K)
     return pyep.Buffer(**dict(comm=comm, num_rdma_bytes=size, low_latency_mode=True) | options)

@@ -113,7 +113,9 @@ def calls_no_hook(buf):
 # What the others' errors say: operation, phase, slot, expected, seen, epoch of the operation.
 NO_COUNTS = ("low_latency_dispatch", "receive", r"rdma_recv_count\[half 1\]\[source 1\]\[entry \d+\]",
              "epoch 3", "epoch 1", 3)
-NOT_BEGUN = ("low_latency_combine", "receive", r"rdma_recv_count\[half 0\]\[source 1\]\[entry 0\]", "epoch 4", "epoch 2", 4)
+# Threads wait side by side for the begin and for outputs (where there is more than one thread): either may give up first.
+NOT_BEGUN = ("low_latency_combine", "receive", r"(rdma_recv_count\[half 0\]\[source 1\]\[entry 0\]|outputs\[.+\] of half 0)",
+             "(epoch 4|data)", "(epoch 2|none)", 4)
 NOT_READ = ("low_latency_dispatch", "send", r"consumed\[source 1\]", "epoch 3 or later", "epoch 2", 5)
 # What the bad rank does after the warm-up: (what the others do, their error).
 DEADLY = {

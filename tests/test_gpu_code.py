@@ -299,8 +299,9 @@ def test_first_looks_are_under_way_at_once(key):
 # ---- the language ----------------------------------------------------------------------------------------------------
 
 KERNELS = [test_lang.who, test_lang.integers, test_lang.widths, test_lang.wanted_rows, test_lang.count_up,
-           test_lang.elect, test_lang.play, test_lang.play_rows, test_lang.announce, test_lang.weigh, test_lang.tick,
-           test_lang.exchange_in_block, test_lang.exchange_in_warp, test_lang.ask_lanes, test_lang.epochs]
+           test_lang.elect, test_lang.count_by_swaps, test_lang.play, test_lang.play_rows, test_lang.announce,
+           test_lang.weigh, test_lang.tick, test_lang.exchange_in_block, test_lang.ask_block,
+           test_lang.exchange_in_warp, test_lang.ask_lanes, test_lang.epochs]
 
 
 def mnemonics(text):
@@ -322,8 +323,9 @@ def test_every_op_assembles():
 
 def test_collectives_are_convergent():
     """LLVM may not move these into branches; and nothing else is held back by the mark."""
-    assert {name for name, op in OPS.items() if op.collective} == {"syncthreads", "syncwarp", "shfl", "ballot"}
-    assert {name for name, op in OPS.items() if op.collective and op.pure} == set()
+    collectives = {name: op for name, op in OPS.items() if op.collective}
+    assert set(collectives) == {"syncthreads", "syncthreads_or", "syncwarp", "shfl", "ballot"}
+    assert not any(op.pure for op in collectives.values())
 
 
 # ---- the disk cache --------------------------------------------------------------------------------------------------

@@ -23,9 +23,12 @@ from pyep.kernels.lang import (absence, absent, add8_release, ballot, block_rank
                                lane, ld16, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc, ld8,
                                ld8_acquire, ld8_nc, ld8_relaxed, ld8_shared, lowest_bit, num_blocks, num_threads,
                                pause, popc, present, shared, shfl, st16, st16_relaxed, st4, st8, st8_relaxed,
-                               st8_release, st8_shared, swap8_if, syncthreads, syncwarp, thread_rank, to_bf16, udiv,
-                               umod, warp_size, zeros)
+                               st8_release, st8_shared, swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank,
+                               to_bf16, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
+
+# Machine code that waits for ever cannot be interrupted; the process can be ended.
+pytestmark = pytest.mark.timeout(120, method="thread")
 
 OPS = {name: op for name, op in vars(lang).items() if isinstance(op, Op)}
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
@@ -211,8 +214,15 @@ def test_unwanted_memory_is_not_touched(shape):
 
 # ---- memory that several threads write -------------------------------------------------------------------------------
 
+def start_together(gate):
+    """OS threads start one after another; the first ones would be done before the last ones begin."""
+    add8_release(gate, 1)
+    wait_for(gate, all_threads(), clock_ns() + PATIENCE)
+
+
 def count_up(counters, n, value, seen):
     """Every thread adds `value` to the first counter n times and notes what was there, and adds once to the second."""
+    start_together(counters + 256)
     i = 0
     while i < n:
         st8(seen + 8 * (n * my_thread() + i), fetch_add8(counters, value))
@@ -223,19 +233,20 @@ def count_up(counters, n, value, seen):
 @pytest.mark.parametrize("value", [1, -3, 2**60])
 @shapes(NARROW, WIDE, ODD)
 def test_adds_of_many_threads(shape, value):
-    threads, n = threads_of(shape), 500
-    counters, seen = memory(2, 16), memory(threads, n)
+    threads, n = threads_of(shape), 5000
+    counters, seen = memory(3, 16), memory(threads, n)
     run(count_up, shape, counters, n, value, seen)
-    assert counters[:, 0].view(np.uint64).tolist() == [value * threads * n & MASK64,
-                                                       value * threads * (threads + 1) // 2 & MASK64]
+    sums = [value * threads * n, value * threads * (threads + 1) // 2, threads]
+    assert counters[:, 0].view(np.uint64).tolist() == [total & MASK64 for total in sums]
     assert not counters[:, 1:].any()
     if abs(value) < 2**32:                          # no overflow: distinct values, in order on each thread
         np.testing.assert_array_equal(np.sort(seen // value, axis=None), np.arange(threads * n))
         assert (np.diff(seen // value) > 0).all()
 
 
-def elect(words, n, seen):
+def elect(gate, words, n, seen):
     """Every thread tries to be the first at each of n words, then swaps against a value that is never there."""
+    start_together(gate)
     i = 0
     while i < n:
         st8(seen + 8 * (n * my_thread() + i), swap8_if(words + 8 * i, 0, 1 + my_thread()))
@@ -248,13 +259,31 @@ def test_swap_has_one_winner(shape):
     threads, n = threads_of(shape), 200
     words, seen = memory(n + 1), memory(threads * (n + 1))
     words[n] = 77
-    run(elect, shape, words, n, seen)
+    run(elect, shape, memory(1), words, n, seen)
     by_thread = seen[:threads * n].reshape(threads, n)
     winners = words[:n]
     assert ((by_thread == 0).sum(axis=0) == 1).all()
     np.testing.assert_array_equal(by_thread.argmin(axis=0) + 1, winners)
     assert ((by_thread == 0) | (by_thread == winners)).all()            # the losers see who won
     assert words[n] == 77 and (seen[threads * n:] == 77).all()          # nobody expected what was there
+
+
+def count_by_swaps(counter, n):
+    """Every thread adds 1 to a counter n times; an add is lost unless comparing and swapping are one."""
+    start_together(counter + 128)
+    i = 0
+    while i < n:
+        seen = ld8_relaxed(counter)
+        while swap8_if(counter, seen, seen + 1) != seen:
+            seen = ld8_relaxed(counter)
+        i += 1
+
+
+@shapes(NARROW, WIDE, ODD)
+def test_swaps_are_atomic(shape):
+    counter, n = memory(32), 20_000
+    run(count_by_swaps, shape, counter, n)
+    assert counter[0] == n * threads_of(shape)
 
 
 def play(box, n, got):
@@ -472,6 +501,37 @@ def test_shared_memory_and_syncthreads(shape):
     np.testing.assert_array_equal(out, rounds * 1000 * block + rounds * (rounds + 1) // 2 * (threads - 1 - thread))
 
 
+def ask_block(votes, rounds, out):
+    """Per thread, how often anybody of its block voted, round after round; and what its mirror images left, as above."""
+    mine, mirror = shared() + 8 * thread_rank(), shared() + 8 * (num_threads() - 1 - thread_rank())
+    hits, total, i = 0, 0, 0
+    while i < rounds:
+        hits += syncthreads_or(ld8(votes + 8 * (rounds * my_thread() + i))) << i
+        i += 1
+    while i > 0:
+        st8_shared(mine, i * thread_rank())
+        syncthreads_or(0)
+        total += ld8_shared(mirror)
+        syncthreads_or(1)
+        i -= 1
+    st8(out + 16 * my_thread(), hits)
+    st8(out + 16 * my_thread() + 8, total)
+
+
+@shapes(NARROW, WIDE, ODD)
+def test_syncthreads_or(shape):
+    (blocks, (threads, _)), rounds = shape, 40
+    chosen = np.random.default_rng(4).choice([0, 1, -1, 2**40, -2**63], (blocks, threads, rounds))
+    votes = chosen * (np.random.default_rng(5).random(chosen.shape) < 0.7 / threads)       # often nobody, seldom two
+    votes[:, :, 0], votes[:, :, 1], votes[:, 1:, 1] = 0, 2**63 - 1, 0
+    out = memory(blocks, threads, 2)
+    run(ask_block, shape, filled(votes), rounds, out, shared_bytes=8 * threads)
+    hits = (votes != 0).any(axis=1) @ (1 << np.arange(rounds))
+    np.testing.assert_array_equal(out[:, :, 0], np.broadcast_to(hits[:, None], (blocks, threads)))
+    mirror = np.broadcast_to(threads - 1 - np.arange(threads), (blocks, threads))
+    np.testing.assert_array_equal(out[:, :, 1], rounds * (rounds + 1) // 2 * mirror)
+
+
 def exchange_in_warp(rounds, words, out):
     """As above with the lanes of a warp, which meet without their block; warps do different numbers of rounds."""
     mine = words + 8 * my_thread()
@@ -615,9 +675,9 @@ def test_bad_shapes_of_the_cpu(text, monkeypatch):
         CpuEngine()
 
 
-@pytest.mark.xfail(strict=True, reason="CpuEngine does not check layout.MAX_BLOCKS; such blocks have no epoch")
 def test_more_blocks_than_the_layout_has_epochs():
-    with pytest.raises(ValueError):
+    assert CpuEngine(f"{layout.MAX_BLOCKS},1,1").blocks == layout.MAX_BLOCKS
+    with pytest.raises(ValueError, match="PYEP_CPU_SHAPE is"):
         CpuEngine(f"{layout.MAX_BLOCKS + 1},1,1")
 
 
