@@ -117,7 +117,7 @@ class LowLatency(NamedTuple):
         """What a half that begins at byte `half` holds in a dispatch.
 
         routes  1 + the expert that (source, token, k) selects, or 0; every rank gets all of them
-        places  weight << 32 | n: the selection is the source's n-th for its expert; only that expert's rank gets it
+        places  n: the selection is the source's n-th for its expert (the first is 0); only that expert's rank gets it
         rows    the token, once per rank however many of that rank's experts it selects
         """
         selections = (self.num_ranks, self.max_tokens, self.num_topk)

@@ -7,7 +7,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-
 import ranks
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -3,9 +3,7 @@
 The kernels are compiled as CudaEngine does it for a GPU of 132 multiprocessors (H100, H200): every launch of one
 published shape, and of two odd shapes those that send and receive at once.
 """
-import contextlib
 import functools
-import gc
 import importlib.util
 import os
 import pathlib
@@ -91,20 +89,9 @@ class Code(NamedTuple):
     cubin: bytes
 
 
-@contextlib.contextmanager
-def no_collections():
-    """Numba makes millions of objects that live on; looking for garbage among them takes 40% of a compile's time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 @functools.cache
 def compiled(fn, threads, constants=()):
-    with no_collections():
-        text = cuda.ptx(fn, threads, **dict(constants))
+    text = cuda.ptx(fn, threads, **dict(constants))
     cubin, log = cuda.link(text)
     return Code(text, log, cubin)
 
@@ -193,7 +180,7 @@ MEANT = {
     ("combine", "send"): [ROWS_READ, ROWS_SENT, *CONSUMED, "bar.sync"],
     ("combine", "receive"): [ROWS_POLLED, ROWS_KEPT, *SUMS, *LISTS],
 }
-NOT_MEANT = {"send": [ROWS_POLLED, ROWS_KEPT, *SUMS], "receive": [ROWS_READ, ROWS_SENT, "ld.acquire.gpu"]}
+NOT_MEANT = {"send": [ROWS_POLLED, ROWS_KEPT, *SUMS], "receive": [ROWS_READ, ROWS_SENT]}
 
 # Weak accesses to single words: the tables and counters that no other rank touches meanwhile.
 WEAK = {"ld.global.s64", "ld.global.nc.s64", "ld.global.nc.s32", "st.global.s64", "st.global.u32"}
@@ -355,9 +342,9 @@ def test_cached_machine_code(tmp_path, monkeypatch):
     assert [cubin(NUMBER=1), cubin(NUMBER=2)] == different[:2]
 
 
-@pytest.mark.xfail(strict=True, reason="cache.key hashes pyep only: a changed kernel elsewhere stays as it was")
 def test_a_changed_kernel_is_compiled_again(tmp_path, monkeypatch):
     monkeypatch.setenv("PYEP_CACHE", str(tmp_path))
     changed = FunctionType(store_more.__code__, globals(), store.__name__)
+    changed.__qualname__ = store.__qualname__
     assert (changed.__module__, changed.__qualname__) == (store.__module__, store.__qualname__)
     assert cubin(store, NUMBER=1) != cubin(changed, NUMBER=1)

@@ -19,12 +19,54 @@ from pyep import layout, reference
 from pyep.channels.memory import LAST_EPOCH, next_epoch, previous_epoch, reached
 from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
-from pyep.kernels.lang import (absence, absent, add8_release, ballot, block_rank, clock_ns, f32_of, fetch_add8, fma8,
-                               lane, ld16, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc, ld8,
-                               ld8_acquire, ld8_nc, ld8_relaxed, ld8_shared, lowest_bit, num_blocks, num_threads,
-                               pause, popc, present, shared, shfl, st16, st16_relaxed, st4, st8, st8_relaxed,
-                               st8_release, st8_shared, swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank,
-                               to_bf16, udiv, umod, warp_size, zeros)
+from pyep.kernels.lang import (
+    absence,
+    absent,
+    add8_release,
+    ballot,
+    block_rank,
+    clock_ns,
+    f32_of,
+    fetch_add8,
+    fma8,
+    lane,
+    ld4_nc,
+    ld8,
+    ld8_acquire,
+    ld8_nc,
+    ld8_relaxed,
+    ld8_shared,
+    ld16,
+    ld16_nc,
+    ld16_nc_if,
+    ld16_relaxed,
+    ld16_relaxed_if,
+    lowest_bit,
+    num_blocks,
+    num_threads,
+    pause,
+    popc,
+    present,
+    shared,
+    shfl,
+    st4,
+    st8,
+    st8_relaxed,
+    st8_release,
+    st8_shared,
+    st16,
+    st16_relaxed,
+    swap8_if,
+    syncthreads,
+    syncthreads_or,
+    syncwarp,
+    thread_rank,
+    to_bf16,
+    udiv,
+    umod,
+    warp_size,
+    zeros,
+)
 from pyep.kernels.op import Cpu, Op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -502,7 +544,7 @@ def test_shared_memory_and_syncthreads(shape):
 
 
 def ask_block(votes, rounds, out):
-    """Per thread, how often anybody of its block voted, round after round; and what its mirror images left, as above."""
+    """Per thread, in which rounds anybody of its block voted; and what its mirror images left, as above."""
     mine, mirror = shared() + 8 * thread_rank(), shared() + 8 * (num_threads() - 1 - thread_rank())
     hits, total, i = 0, 0, 0
     while i < rounds:

@@ -4,9 +4,11 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import marshal
 import os
 import pathlib
 import platform
+from types import FunctionType
 
 
 def directory(machine):
@@ -30,9 +32,21 @@ def _sources():
     return digest.digest()
 
 
+def _code(fn, seen):
+    """The code of a function and of the plain functions that it calls, as bytes: kernels may live outside of pyep too.
+
+    In marshal's version 2: later ones write how often an object is referred to, which differs between processes.
+    """
+    if fn in seen:
+        return b""
+    seen.add(fn)
+    called = (fn.__globals__.get(name) for name in fn.__code__.co_names)
+    return marshal.dumps(fn.__code__, 2) + b"".join(_code(f, seen) for f in called if isinstance(f, FunctionType))
+
+
 def key(fn, machine, constants):
     """The name of a compiled kernel: it changes with whatever the machine code depends on."""
-    digest = hashlib.sha256(_sources())
+    digest = hashlib.sha256(_sources() + _code(fn, set()))
     digest.update(repr((fn.__module__, fn.__qualname__, machine, sorted(constants.items()))).encode())
     return f"{fn.__name__}_{digest.hexdigest()[:24]}"
 
