@@ -11,18 +11,8 @@ from .checks import check_construction, check_experts, check_handle, check_imple
 from .choices import choose_device, choose_engine, choose_transport
 from .errors import EPClosedError, EPError
 from .events import EventOverlap
-from .low_latency import (
-    COMBINE,
-    DISPATCH,
-    InFlight,
-    LowLatencyDispatched,
-    LowLatencyHandle,
-    Results,
-    check_fits,
-    error_from,
-    fingerprint,
-    make_plan,
-)
+from .low_latency import (COMBINE, DISPATCH, InFlight, LowLatencyDispatched, LowLatencyHandle, Results, check_fits,
+                          error_from, fingerprint, make_plan)
 
 COMPILE_ALLOWANCE_S = 60.0              # a peer that compiles is not late
 

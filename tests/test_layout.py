@@ -4,20 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyep.layout import (
-    LINE,
-    MAX_BLOCKS,
-    MAX_LOCAL_EXPERTS,
-    WORD,
-    LowLatency,
-    Region,
-    control,
-    control_bytes,
-    draw,
-    half_capacity,
-    low_latency_size_hint,
-    name_of,
-)
+from pyep.layout import (LINE, MAX_BLOCKS, MAX_LOCAL_EXPERTS, WORD, LowLatency, Region, control, control_bytes, draw,
+                         half_capacity, low_latency_size_hint, name_of)
 
 COUNTERS = ("consumed", "rdma_recv_count")          # what other ranks write into control memory
 

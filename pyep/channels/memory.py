@@ -10,22 +10,8 @@ waits of the rank then give up: the kernel returns, with garbage for results, an
 `watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
 `pyep.low_latency`).
 """
-from ..kernels.lang import (
-    absence,
-    absent,
-    clock_ns,
-    ld8,
-    ld8_acquire,
-    ld8_nc,
-    ld8_relaxed,
-    ld16_relaxed,
-    pause,
-    st8,
-    st8_relaxed,
-    st8_release,
-    st16,
-    swap8_if,
-)
+from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_acquire, ld8_nc, ld8_relaxed, ld16_relaxed, pause, st8,
+                            st8_relaxed, st8_release, st16, swap8_if)
 from ..kernels.op import rare
 
 STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control

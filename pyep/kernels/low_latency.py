@@ -15,42 +15,10 @@ Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive
 roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
 """
 from ..channels.memory import next_epoch, peer, previous_epoch, report, take16, take_word, tell, wait_count, wait_epoch
-from .lang import (
-    ballot,
-    block_rank,
-    f32_of,
-    fma8,
-    lane,
-    ld4_nc,
-    ld8,
-    ld8_nc,
-    ld8_relaxed,
-    ld8_shared,
-    ld16_nc,
-    ld16_nc_if,
-    ld16_relaxed,
-    ld16_relaxed_if,
-    num_blocks,
-    num_threads,
-    popc,
-    present,
-    shared,
-    st4,
-    st8,
-    st8_relaxed,
-    st8_release,
-    st8_shared,
-    st16,
-    st16_relaxed,
-    syncthreads,
-    syncthreads_or,
-    thread_rank,
-    to_bf16,
-    udiv,
-    umod,
-    warp_size,
-    zeros,
-)
+from .lang import (ballot, block_rank, f32_of, fma8, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, ld8_shared, ld16_nc, ld16_nc_if,
+                   ld16_relaxed, ld16_relaxed_if, num_blocks, num_threads, popc, present, shared, st4, st8, st8_relaxed,
+                   st8_release, st8_shared, st16, st16_relaxed, syncthreads, syncthreads_or, thread_rank, to_bf16, udiv, umod,
+                   warp_size, zeros)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = ROW_BYTES = 0
