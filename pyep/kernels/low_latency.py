@@ -123,27 +123,44 @@ def send_routes(part, parts, watch, me, half, topk_idx, num_tokens, selected):
         selection += parts * num_threads()
 
 
+def number_hits(expert, wanted, slot, count):
+    """One lane's turn: if its selection is of the wanted expert, tell its number; `count` with the warp's hits added."""
+    hits = ballot(1 if expert == wanted else 0)
+    if expert == wanted:
+        st8_relaxed(slot, count + popc(hits & ((1 << lane()) - 1)))
+    return count + popc(hits)
+
+
+def expert_before(topk_idx, selection, end):
+    """`expert_at`, or -1 from `end` on; without a branch, so that several loads can be under way."""
+    inside = selection < end
+    expert = expert_at(topk_idx, selection if inside else end - 1)
+    return expert if inside else -1
+
+
 def send_places(part, parts, watch, me, half, topk_idx, num_tokens):
     """Number each expert's selections in (token, k) order and tell its rank; one warp an expert, a lane a selection."""
     base, _, epoch = watch
     warps = udiv(num_threads(), warp_size())
-    expert = part * warps + udiv(thread_rank(), warp_size())
+    expert = part + udiv(thread_rank(), warp_size()) * parts     # neighbouring experts to different blocks
+    end = num_tokens * TOPK
+    step = 8 * warp_size()
     while expert < EXPERTS:
         owner = udiv(expert, LOCAL_EXPERTS)
         memory = peer(base, owner)
         count = 0
-        first = 0
-        while first < num_tokens * TOPK:
-            selection = first + lane()
-            hit = 0
-            if selection < num_tokens * TOPK:
-                hit = 1 if expert_at(topk_idx, selection) == expert else 0
-            hits = ballot(hit)
-            if hit != 0:
-                n = count + popc(hits & ((1 << lane()) - 1))
-                st8_relaxed(memory + half + PLACES + 8 * (me * MAX_TOKENS * TOPK + selection), n)
-            count += popc(hits)
-            first += warp_size()
+        i = lane()
+        while i - lane() < end:                                  # four loads at once: their latency is the time of this loop
+            e0 = expert_before(topk_idx, i, end)
+            e1 = expert_before(topk_idx, i + warp_size(), end)
+            e2 = expert_before(topk_idx, i + 2 * warp_size(), end)
+            e3 = expert_before(topk_idx, i + 3 * warp_size(), end)
+            slot = memory + half + PLACES + 8 * (me * MAX_TOKENS * TOPK + i)
+            count = number_hits(e0, expert, slot, count)
+            count = number_hits(e1, expert, slot + step, count)
+            count = number_hits(e2, expert, slot + 2 * step, count)
+            count = number_hits(e3, expert, slot + 3 * step, count)
+            i += 4 * warp_size()
         if lane() == 0:
             tell(count_slot(memory, epoch, me) + 8 * (1 + expert - owner * LOCAL_EXPERTS), epoch, count)
         expert += parts * warps
@@ -308,44 +325,62 @@ def most_tokens():
     return most
 
 
+def source_of(unit, me):
+    """Units are (token, source) pairs, token by token, nearest source first, as rows arrive: the source of one."""
+    return after(me, RANKS - 1 - umod(unit + RANKS - 1, RANKS))
+
+
+def row_slot(watch, me, half, unit):
+    """Where the row of a unit arrives."""
+    return watch[0] + half + ROWS + (source_of(unit, me) * MAX_TOKENS + udiv(unit, RANKS)) * ROW_BYTES
+
+
+def copy_to_all(slot, offset, value):
+    """Store 16 bytes to every address of a list in shared memory, all of them in own memory."""
+    end = slot + 8 * ld8_shared(slot)
+    while slot < end:
+        slot += 8
+        st16(ld8_shared(slot) + offset, value)
+
+
 def receive_rows(part, parts, watch, me, half, recv_x, src_info, row_of):
-    """Rows in the order in which they arrive: token by token, nearest source first.  A warp lists where a row goes, then the
-    block copies the warps' rows."""
-    base, _, _ = watch
+    """Rows in the order in which they arrive.  A warp lists where a row goes, then the block copies the warps' rows.
+
+    A thread has a first look at its next 16 bytes before it stores the last ones.
+    """
     lists = shared() + 8 * RANKS * (1 + LOCAL_EXPERTS)
     stride = 8 * (1 + TOPK)                                      # per warp: count, addresses
     warps = udiv(num_threads(), warp_size())
     warp = udiv(thread_rank(), warp_size())
+    end = lists + warps * stride
     units = most_tokens() * RANKS
-    first = part
-    while first < units:
-        unit = first + warp * parts
+    unit = part
+    while unit < units:
+        listed = unit + warp * parts
         count = 0
-        if unit < units:
-            token = udiv(unit, RANKS)
-            source = after(me, RANKS - (unit - token * RANKS) if unit > token * RANKS else 0)
+        if listed < units:
+            token, source = udiv(listed, RANKS), source_of(listed, me)
             if token < ld8_shared(shared() + 8 * source):
                 count = list_rows(lists + warp * stride + 8, watch, me, half, source, token, recv_x, src_info, row_of)
         if lane() == 0:
             st8_shared(lists + warp * stride, count)
         syncthreads()
-        slot = lists
-        while first < units and slot < lists + warps * stride:
-            count = ld8_shared(slot)
-            if count > 0:
-                token = udiv(first, RANKS)
-                source = after(me, RANKS - (first - token * RANKS) if first > token * RANKS else 0)
-                row = base + half + ROWS + (source * MAX_TOKENS + token) * ROW_BYTES
+        slot, offset = lists, 16 * thread_rank()
+        row = row_slot(watch, me, half, unit)
+        look = ld16_relaxed_if(row + offset, offset < ROW_BYTES and ld8_shared(slot) > 0)
+        while unit < units and slot < end:
+            current, current_slot, current_unit, address, current_offset = look, slot, unit, row + offset, offset
+            offset += 16 * num_threads()
+            if offset >= ROW_BYTES:
                 offset = 16 * thread_rank()
-                while offset < ROW_BYTES:
-                    value = take16(ld16_relaxed(row + offset), watch, DISPATCH_ROW, source, row + offset)
-                    i = 1
-                    while i <= count:
-                        st16(ld8_shared(slot + 8 * i) + offset, value)
-                        i += 1
-                    offset += 16 * num_threads()
-            slot += stride
-            first += parts
+                unit += parts
+                slot += stride
+                row = row_slot(watch, me, half, unit)
+            if unit < units and slot < end:
+                look = ld16_relaxed_if(row + offset, offset < ROW_BYTES and ld8_shared(slot) > 0)
+            if current_offset < ROW_BYTES and ld8_shared(current_slot) > 0:
+                value = take16(current, watch, DISPATCH_ROW, source_of(current_unit, me), address)
+                copy_to_all(current_slot, current_offset, value)
         syncthreads()
 
 
