@@ -82,7 +82,8 @@ def run(args, buf, xp):
         return combine()
     pair().synchronize()
     say = print if comm.rank == 0 else lambda *_: None
-    say(f"{comm.size} ranks, {buf.engine} ({buf.transport}), {args.tokens} tokens x {args.hidden}, top-{args.topk} of {args.experts}")
+    say(f"{comm.size} ranks, {buf.engine} ({buf.transport}), {args.tokens} tokens x {args.hidden}, "
+        f"top-{args.topk} of {args.experts}")
     if buf.engine == "cuda":
         for name, us, spread in on_gpu({"dispatch": dispatch, "combine": combine, "pair": pair}, lambda: combine().synchronize()):
             say(f"{name:10}{us:8.1f} us  (spread on rank 0: {spread:.1f})")

@@ -139,7 +139,8 @@ class Buffer:
 
         Returns (combined_x [T, H] bf16, event, hook).
         """
-        check_implemented(use_logfmt=use_logfmt, async_finish=async_finish, combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
+        check_implemented(use_logfmt=use_logfmt, async_finish=async_finish,
+                          combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
         self._require_usable()
         check_handle(handle, id(self))
         shape, num_tokens = handle.shape, handle.num_tokens
@@ -165,7 +166,8 @@ class Buffer:
         check_handle(handle, id(self))
         library, shape = arrays.library_of(handle[0], "handle"), handle.shape
         if (library, shape) not in self._combine_inputs:
-            self._combine_inputs[library, shape] = library.empty((shape.local_experts, shape.rows_per_expert, shape.hidden), "bfloat16")
+            rows = shape.local_experts, shape.rows_per_expert, shape.hidden
+            self._combine_inputs[library, shape] = library.empty(rows, "bfloat16")
         return self._combine_inputs[library, shape]
 
     # ---- how an operation runs ---------------------------------------------------------------------------------------
@@ -194,9 +196,11 @@ class Buffer:
         number, lag = self._in_flight.send()
         self._shapes[operation] = plan.shape
 
+        common = self._transport.base, self.rank, self._half_bytes, self._timeout_ns
+
         def launch(phase, lag):
             try:
-                kernels[phase].launch(library.stream(), self._transport.base, self.rank, self._half_bytes, self._timeout_ns, lag, *args)
+                kernels[phase].launch(library.stream(), *common, lag, *args)
             except Exception as error:                           # sent or not, received or not: nobody knows
                 self._error = error
                 raise

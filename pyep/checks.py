@@ -6,9 +6,9 @@ import numpy as np
 from . import layout
 from .low_latency import LowLatencyHandle
 
-NOT_YET = dict(use_fp8=False, round_scale=False, use_ue8m0=False, use_logfmt=False, async_finish=False, output_layout="expert_major",
-               topk_weights=None, cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None,
-               combine_wait_recv_cost_stats=None)
+NOT_YET = dict(use_fp8=False, round_scale=False, use_ue8m0=False, use_logfmt=False, async_finish=False,
+               output_layout="expert_major", topk_weights=None,
+               cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, combine_wait_recv_cost_stats=None)
 
 
 def check_construction(group, comm, num_rdma_bytes, low_latency_mode, enable_shrink, timeout_s):
@@ -18,8 +18,8 @@ def check_construction(group, comm, num_rdma_bytes, low_latency_mode, enable_shr
     if comm is not None and not hasattr(comm, "Idup"):
         raise TypeError(f"comm is {comm!r}; expected an mpi4py communicator")
     if not low_latency_mode or enable_shrink:
-        raise NotImplementedError(f"low_latency_mode={low_latency_mode!r}, enable_shrink={enable_shrink!r} is not implemented yet; pass "
-                                  "low_latency_mode=True, enable_shrink=False")
+        raise NotImplementedError(f"low_latency_mode={low_latency_mode!r}, enable_shrink={enable_shrink!r} is not implemented yet; "
+                                  "pass low_latency_mode=True, enable_shrink=False")
     if not isinstance(num_rdma_bytes, (int, np.integer)) or num_rdma_bytes < 0:
         raise ValueError(f"num_rdma_bytes is {num_rdma_bytes!r}; expected a number of bytes")
     if not isinstance(timeout_s, numbers.Real) or not 0 < timeout_s < 1e9:

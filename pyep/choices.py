@@ -48,7 +48,8 @@ def choose_transport(name, device):
     if name not in TRANSPORTS:
         raise ValueError(f"{variable} is {name!r}; expected \"auto\", \"host\" or \"ipc\"")
     if TRANSPORTS[name] != device:
-        raise EPTransportError(f"{variable} is {name!r}, which does not serve the {device} engine: use \"host\" with cpu, \"ipc\" with cuda")
+        raise EPTransportError(f"{variable} is {name!r}, which does not serve the {device} engine: use \"host\" with cpu, "
+                               "\"ipc\" with cuda")
     if name == "host":
         from .channels.host import HostTransport
         return HostTransport

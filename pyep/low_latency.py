@@ -1,7 +1,7 @@
 """Low latency on the host: from a shape to compiled kernels, from a wait that gave up to an error in words.
 
 `Buffer.low_latency_dispatch` and `low_latency_combine` check their arguments and use what is here; the protocol itself is
-in `pyep.kernels.low_latency`.
+in `pyep.kernels.low_latency` and the two files beside it.
 """
 import zlib
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from . import layout
 from .channels import memory
 from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutError
 from .kernels import low_latency as kernels
+from .kernels.low_latency_combine import combine
+from .kernels.low_latency_dispatch import dispatch
 
 # What the waits of a kernel wait for: (operation, phase, what the peer owes), by the number in the status record.
 DISPATCH, COMBINE = "low_latency_dispatch", "low_latency_combine"
@@ -91,8 +93,8 @@ class InFlight:
     def send(self):
         """A new operation: (its number, the `lag` argument of its kernel)."""
         if self._pending and min(self._pending) < self._sent:
-            raise RuntimeError("the hook of the operation before the last one was not called yet: call it before the next operation "
-                               "(at most two may wait for their hooks)")
+            raise RuntimeError("the hook of the operation before the last one was not called yet: call it before the next "
+                               "operation (at most two may wait for their hooks)")
         self._sent += 1
         lag = len(self._pending)
         self._pending.append(self._sent)
@@ -140,7 +142,7 @@ def make_plan(engine, shape, index_bytes, rank):
     """Compile the kernels of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
     threads, jobs = engine.threads_for_row(shape.row_bytes), {}
     values = constants(shape, index_bytes)
-    for operation, kernel in (("dispatch", kernels.dispatch), ("combine", kernels.combine)):
+    for operation, kernel in (("dispatch", dispatch), ("combine", combine)):
         shared = shared_bytes(operation, shape, engine.warps(threads))
         for phase, blocks, senders, receivers in engine.phases(operation):
             jobs[operation, phase] = (kernel, blocks, threads, shared, dict(values, SENDERS=senders, RECEIVERS=receivers))
@@ -159,7 +161,8 @@ def check_fits(shape, nbytes, given):
         s = shape
         raise EPBufferTooSmallError(
             f"num_rdma_bytes is {given}, but {s.nbytes} are needed: the right size comes from "
-            f"Buffer.get_low_latency_rdma_size_hint({s.max_tokens}, {s.hidden}, {s.num_ranks}, {s.num_experts}, num_topk={s.num_topk})")
+            f"Buffer.get_low_latency_rdma_size_hint({s.max_tokens}, {s.hidden}, {s.num_ranks}, {s.num_experts}, "
+            f"num_topk={s.num_topk})")
 
 
 def fingerprint(shape):
@@ -177,8 +180,8 @@ def error_from(record, rank, shapes, half_bytes, timeout_s):
         return EPRoutingError(f"topk_idx of rank {rank} names expert {r['seen']} for token {r['expected']}; there are "
                               f"{shapes[DISPATCH].num_experts} experts")
     if r["wait"] == kernels.NO_ROOM:
-        return EPRoutingError(f"local expert {r['seen']} of rank {rank} got more than {shapes[DISPATCH].rows_per_expert} rows: some "
-                              "tokens name an expert more than once")
+        return EPRoutingError(f"local expert {r['seen']} of rank {rank} got more than {shapes[DISPATCH].rows_per_expert} rows: "
+                              "some tokens name an expert more than once")
     if r["wait"] == kernels.OTHER_OPERATION:
         names = {kernels.COMBINE: COMBINE}
         here, there = names.get(r["expected"], DISPATCH), names.get(r["seen"], DISPATCH)
@@ -190,8 +193,8 @@ def error_from(record, rank, shapes, half_bytes, timeout_s):
     regions = getattr(shapes[operation], operation.removeprefix("low_latency_"))
     slot = layout.name_of(r["offset"], shapes[operation].num_ranks, half_bytes, regions)
     return EPTimeoutError(f"{operation}, {phase} phase: rank {rank} waited {timeout_s:g} s for rank {r['peer']}: {owed}. "
-                          f"Slot {slot}: {_expected_and_seen(r)} (operation of epoch {r['epoch']}). Rank {r['peer']} has exited, is "
-                          "stuck, or has not made this call")
+                          f"Slot {slot}: {_expected_and_seen(r)} (operation of epoch {r['epoch']}). Rank {r['peer']} has exited, "
+                          "is stuck, or has not made this call")
 
 
 def _expected_and_seen(r):

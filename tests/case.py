@@ -101,7 +101,8 @@ def run_round(buf, case, hooks=(False, False), zero_copy=False, out=False):
         y_me = buf.get_next_low_latency_combine_buffer(got.handle)
         y_me[:] = up(y[me])
     out_t = up(np.full_like(x[me], 7)) if out else None
-    combined, event, hook = buf.low_latency_combine(y_me, idx, w, got.handle, zero_copy=zero_copy, return_recv_hook=hooks[1], out=out_t)
+    combined, event, hook = buf.low_latency_combine(y_me, idx, w, got.handle, zero_copy=zero_copy, return_recv_hook=hooks[1],
+                                                    out=out_t)
     if hooks[1]:
         hook()
     event.synchronize()

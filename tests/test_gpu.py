@@ -13,9 +13,10 @@ SHAPE = (16, 256, 8, 4)                                          # max tokens, h
 
 
 def made(comm, seed, routing="random"):
-    tokens = tuple((seed + 7 * r) % (SHAPE[0] + 1) for r in range(comm.size))
-    return Case(seed, SHAPE[0], SHAPE[1], SHAPE[2] * comm.size, SHAPE[3], (SHAPE[0],) * comm.size if routing == "random" else tokens,
-                routing)
+    tokens = (SHAPE[0],) * comm.size
+    if routing != "random":
+        tokens = tuple((seed + 7 * r) % (SHAPE[0] + 1) for r in range(comm.size))
+    return Case(seed, SHAPE[0], SHAPE[1], SHAPE[2] * comm.size, SHAPE[3], tokens, routing)
 
 
 def buffer_for(comm):

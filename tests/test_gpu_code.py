@@ -147,7 +147,7 @@ def test_every_kernel_file_is_known():
     """A new file of kernels must be added here: to LAUNCHES, if it has kernels of its own."""
     tools = {"__init__", "cache", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
-    assert files - tools == {"low_latency"}
+    assert files - tools == {"low_latency", "low_latency_dispatch", "low_latency_combine"}
 
 
 def test_launches_by_hand():

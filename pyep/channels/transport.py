@@ -101,7 +101,8 @@ class MpiBootstrap:
                 for request in receives.values():
                     request.Cancel()
                 self._abandoned = receives, sends, mine, theirs  # MPI may still look at them
-                raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for ranks {list(receives)}, which have not come")
+                raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for ranks {list(receives)}, which have not "
+                                     "come")
             time.sleep(20e-6)
 
     def close(self):
