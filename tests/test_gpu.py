@@ -1,5 +1,4 @@
 """What only GPUs have: graphs, streams, several ranks on one GPU, errors that arrive late."""
-import numpy as np
 import pytest
 import ranks
 from case import Case, assert_dispatched, assert_same, run_round
