@@ -177,10 +177,11 @@ class Buffer:
         plan = self._plans.get((shape, index_bytes))
         if plan is None:
             check_fits(shape, self._nbytes, self._given_bytes)
-        if plan is None or (library, shape) not in self._results:
-            if library.is_capturing():
-                raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
-            self._results.setdefault((library, shape), Results(library, shape))
+        new_results = (library, shape) not in self._results
+        if (plan is None or new_results) and library.is_capturing():
+            raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
+        if new_results:
+            self._results[library, shape] = Results(library, shape)
         if plan is None:
             known = shape in {s for s, _ in self._plans}         # with the other integer type: only this rank may need it
             plan = make_plan(self._engine, shape, index_bytes, self.rank)
@@ -195,7 +196,6 @@ class Buffer:
         kernels = plan.dispatch if operation == DISPATCH else plan.combine
         number, lag = self._in_flight.send()
         self._shapes[operation] = plan.shape
-
         common = self._transport.base, self.rank, self._half_bytes, self._timeout_ns
 
         def launch(phase, lag):
@@ -210,7 +210,7 @@ class Buffer:
         def hook():
             self._require_usable()
             launch("receive", self._in_flight.receive(number))
-            return keep and None                                 # the arrays must live until here
+        hook.arrays = keep                                       # they must live until the hook is called
         if "both" in kernels and not return_recv_hook:
             self._in_flight.receive(number)
             return launch("both", lag)

@@ -123,6 +123,7 @@ def constants(shape, index_bytes):
     return dict(
         RANKS=shape.num_ranks, EXPERTS=shape.num_experts, LOCAL_EXPERTS=shape.local_experts, MAX_TOKENS=shape.max_tokens,
         TOPK=shape.num_topk, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes, MAX_BLOCKS=layout.MAX_BLOCKS,
+        LINE=layout.LINE,
         STATUS=control["status"].offset, PEERS=control["peers"].offset, FAILED=control["failed"].offset,
         EPOCH=control["epoch"].offset, CONSUMED=control["consumed"].offset, COUNTS=control["rdma_recv_count"].offset,
         COUNTS_STRIDE=layout.WORD * (1 + layout.MAX_LOCAL_EXPERTS), CONTROL_BYTES=layout.control_bytes(shape.num_ranks),

@@ -31,6 +31,7 @@ class CpuKernel:
 
     def __init__(self, fn, blocks, machine, shared_bytes, constants):
         self.run = compile_kernel(fn, machine, constants)
+        self._keep = []                                          # what the contexts point to
         self._contexts = [c for block in range(blocks) for c in self._block(block, blocks, machine, shared_bytes)]
 
     def _block(self, block, blocks, machine, shared_bytes):
@@ -38,7 +39,7 @@ class CpuKernel:
         barriers = (ctypes.c_int64 * (8 * (2 + machine.threads // machine.warp)))()
         exchange = (ctypes.c_int64 * machine.threads)()
         shared = (ctypes.c_int64 * (shared_bytes // 8 + 1))()
-        self._keep = [*getattr(self, "_keep", ()), barriers, exchange, shared]
+        self._keep += [barriers, exchange, shared]
         addresses = [ctypes.addressof(x) for x in (barriers, exchange, shared)]
         for thread in range(machine.threads):
             yield (ctypes.c_int64 * len(llvm.CONTEXT))(thread, block, blocks, *addresses)

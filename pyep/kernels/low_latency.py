@@ -10,14 +10,14 @@ roles, one after the other) and one of them may be 0 (the operation then comes i
 The kernels are in `low_latency_dispatch` and `low_latency_combine`.
 """
 from ..channels.memory import next_epoch, peer, previous_epoch, tell, wait_epoch
-from .lang import (block_rank, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, st8, st8_release, syncthreads,
-                   syncthreads_or, thread_rank)
+from .lang import (block_rank, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, popc, st8, st8_release,
+                   syncthreads, syncthreads_or, thread_rank, udiv, warp_size)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = ROW_BYTES = 0
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
-EPOCH = CONSUMED = FAILED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = 0     # of control memory, see pyep.layout
+EPOCH = CONSUMED = FAILED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
 PLACES = ROWS = 0                               # offsets in a half, see pyep.layout.LowLatency.dispatch
 
 COMBINE = 1 << 31                               # in the word that tells that an operation has begun: it is a combine
@@ -65,13 +65,13 @@ def begin(watch, wait, me, lag):
     before = previous_epoch(epoch)
     rank = thread_rank()
     while rank < RANKS and block_rank() == num_blocks() - 1:     # the last block: the first ones have rows to send
-        st8_release(peer(base, rank) + CONSUMED + 128 * me, previous_epoch(before) if lag > 0 else before)
+        st8_release(peer(base, rank) + CONSUMED + LINE * me, previous_epoch(before) if lag > 0 else before)
         rank += num_threads()
     missing = 0
     rank = num_threads() - 1 - thread_rank()                     # the last warp: the first ones have lists to make
     while rank < RANKS:
         missing |= ld8_relaxed(base + FAILED)                    # an operation before this one failed: send nothing more
-        missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + 128 * rank, previous_epoch(before))
+        missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + LINE * rank, previous_epoch(before))
         rank += num_threads()
     return 1 - syncthreads_or(missing)
 
@@ -83,6 +83,21 @@ def tell_begun(part, watch, me, what):
     while rank < RANKS and part == 0:
         tell(count_slot(peer(base, rank), epoch, me), epoch, what)
         rank += num_threads()
+
+
+def num_warps():
+    """Warps in a block."""
+    return udiv(num_threads(), warp_size())
+
+
+def warp_rank():
+    """This thread's warp in its block."""
+    return udiv(thread_rank(), warp_size())
+
+
+def lanes_before(bits):
+    """How many of the lanes below this one are in a ballot's result: where this lane's item goes if the warp packs its items."""
+    return popc(bits & ((1 << lane()) - 1))
 
 
 def after(me, i):

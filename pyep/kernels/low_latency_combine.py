@@ -8,7 +8,7 @@ from .lang import (ballot, block_rank, f32_of, fma8, lane, ld16_nc, ld16_relaxed
                    thread_rank, to_bf16, udiv, umod, warp_size, zeros)
 from .low_latency import (COMBINE, COMBINE_BEGUN, COMBINE_CONSUMED, COMBINE_OUTPUT, LOCAL_EXPERTS, MAX_TOKENS,
                           OTHER_OPERATION, RANKS, RECEIVERS, ROW_BYTES, SENDERS, TOPK, after, begin, count_slot, end_epoch,
-                          expert_at, half_of, tell_begun, this_epoch)
+                          expert_at, half_of, lanes_before, num_warps, tell_begun, this_epoch, warp_rank)
 
 NOT_ADDED = -(1 << 63)                          # the sign bit: see list_outputs
 
@@ -46,7 +46,7 @@ def list_outputs(entries, half_start, topk_idx, topk_weights, selected, token):
         expert = ld8_nc(selected + 8 * selection) if k < TOPK else -1
         hits = ballot(1 if expert >= 0 else 0)
         if expert >= 0:
-            entry = entries + 16 * (count + popc(hits & ((1 << lane()) - 1)))
+            entry = entries + 16 * (count + lanes_before(hits))
             word = udiv(expert, LOCAL_EXPERTS) << 32 | ld4_nc(topk_weights + 4 * selection) & 0xFFFFFFFF
             st8_shared(entry, half_start + selection * ROW_BYTES)
             st8_shared(entry + 8, word if expert_at(topk_idx, selection) >= 0 else word | NOT_ADDED)
@@ -89,8 +89,7 @@ def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, selected, num_
     sums the warps' tokens."""
     base, _, _ = watch
     stride = 8 + 16 * align4(TOPK)                               # per warp: count, entries; looks may run past the last one
-    warps = udiv(num_threads(), warp_size())
-    warp = udiv(thread_rank(), warp_size())
+    warps, warp = num_warps(), warp_rank()
     first = part
     while first < num_tokens:
         token = first + warp * parts

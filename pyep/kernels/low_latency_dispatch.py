@@ -11,8 +11,8 @@ from .lang import (ballot, block_rank, lane, ld16_nc_if, ld16_relaxed_if, ld8_sh
                    warp_size)
 from .low_latency import (BAD_EXPERT, DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, DISPATCH_ROW,
                           EXPERTS, LOCAL_EXPERTS, MAX_TOKENS, NO_ROOM, OTHER_OPERATION, PLACES, RANKS, RECEIVERS, ROW_BYTES,
-                          ROWS, SENDERS, TOPK, after, begin, count_slot, end_epoch, expert_at, half_of, tell_begun,
-                          this_epoch)
+                          ROWS, SENDERS, TOPK, after, begin, count_slot, end_epoch, expert_at, half_of, lanes_before,
+                          num_warps, tell_begun, this_epoch, warp_rank)
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def number_hits(expert, wanted, slot, count):
     """One lane's turn: if its selection is of the wanted expert, tell its number; `count` with the warp's hits added."""
     hits = ballot(1 if expert == wanted else 0)
     if expert == wanted:
-        st8_relaxed(slot, count + popc(hits & ((1 << lane()) - 1)))
+        st8_relaxed(slot, count + lanes_before(hits))
     return count + popc(hits)
 
 
@@ -50,8 +50,7 @@ def expert_before(topk_idx, selection, end):
 def send_places(part, parts, watch, me, half, topk_idx, num_tokens):
     """Number each expert's selections in (token, k) order and tell its rank; one warp an expert, a lane a selection."""
     base, _, epoch = watch
-    warps = udiv(num_threads(), warp_size())
-    expert = part + udiv(thread_rank(), warp_size()) * parts     # neighbouring experts to different blocks
+    expert = part + warp_rank() * parts                          # neighbouring experts to different blocks
     end = num_tokens * TOPK
     step = 8 * warp_size()
     while expert < EXPERTS:
@@ -72,7 +71,7 @@ def send_places(part, parts, watch, me, half, topk_idx, num_tokens):
             i += 4 * warp_size()
         if lane() == 0:
             tell(count_slot(memory, epoch, me) + 8 * (1 + expert - owner * LOCAL_EXPERTS), epoch, count)
-        expert += parts * warps
+        expert += parts * num_warps()
 
 
 def announce(part, parts, watch, me, half, topk_idx, num_tokens, selected):
@@ -113,7 +112,7 @@ def list_destinations(addresses, watch, me, half, topk_idx, token):
             i += 1
         wants = ballot(wanted)
         if wanted != 0:
-            st8_shared(addresses + 8 * (count + popc(wants & ((1 << lane()) - 1))), slot)
+            st8_shared(addresses + 8 * (count + lanes_before(wants)), slot)
         count += popc(wants)
         first += warp_size()
     return count
@@ -133,8 +132,7 @@ def send_rows(part, parts, watch, me, half, x, topk_idx, num_tokens):
     A thread loads its next 16 bytes before it stores the last ones, so that no store waits for memory.
     """
     stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
-    warps = udiv(num_threads(), warp_size())
-    warp = udiv(thread_rank(), warp_size())
+    warps, warp = num_warps(), warp_rank()
     end = shared() + warps * stride
     token = part
     while token < num_tokens:
@@ -219,7 +217,7 @@ def list_rows(addresses, watch, me, half, source, token, recv_x, src_info, row_o
             st8(row_of + 8 * selection, row)
         mine = ballot(1 if row >= 0 else 0)
         if row >= 0:
-            st8_shared(addresses + 8 * (count + popc(mine & ((1 << lane()) - 1))), recv_x + row * ROW_BYTES)
+            st8_shared(addresses + 8 * (count + lanes_before(mine)), recv_x + row * ROW_BYTES)
         count += popc(mine)
         first += warp_size()
     return count
@@ -259,8 +257,7 @@ def receive_rows(part, parts, watch, me, half, recv_x, src_info, row_of):
     """
     lists = shared() + 8 * RANKS * (1 + LOCAL_EXPERTS)
     stride = 8 * (1 + TOPK)                                      # per warp: count, addresses
-    warps = udiv(num_threads(), warp_size())
-    warp = udiv(thread_rank(), warp_size())
+    warps, warp = num_warps(), warp_rank()
     end = lists + warps * stride
     units = most_tokens() * RANKS
     unit = part
