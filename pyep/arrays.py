@@ -4,11 +4,11 @@ A library is imported only once the caller has handed in one of its arrays.
 """
 import functools
 import math
+import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
-
-BF16 = "bfloat16"
 
 
 class Library:
@@ -47,6 +47,18 @@ class Library:
         """Whether the current stream is being captured into a graph."""
         return False
 
+    def signature(self, array):
+        """All of an array that checks look at but for its address and values; quick to make, to compare and to hash."""
+        raise NotImplementedError
+
+    def of_memory(self, memory):
+        """A `Memory` as an array of uint8, not copied."""
+        raise NotImplementedError
+
+    def external_stream(self, stream, device):
+        """A stream of a GPU that somebody else owns (a CUstream as an int), as the library's own kind of object."""
+        raise NotImplementedError
+
 
 class _NumPy(Library):
     pointer = staticmethod(lambda array: array.ctypes.data)
@@ -55,7 +67,13 @@ class _NumPy(Library):
     is_writable = staticmethod(lambda array: array.flags.writeable)
 
     def empty(self, shape, dtype):
-        return np.empty(shape, ml_dtypes.bfloat16 if dtype == BF16 else dtype)
+        return np.empty(shape, getattr(ml_dtypes, dtype, dtype))
+
+    def signature(self, array):
+        return type(array), array.shape, array.dtype, array.flags.num
+
+    def of_memory(self, memory):
+        return np.asarray(memory)
 
 
 class _CuPy(Library):
@@ -70,13 +88,26 @@ class _CuPy(Library):
         self.cupy = cupy
 
     def empty(self, shape, dtype):
-        return self.cupy.empty(shape, ml_dtypes.bfloat16 if dtype == BF16 else dtype)
+        if dtype == "float8_e4m3fn":
+            dtype = "uint8"                                      # CuPy has no FP8: the bytes, for others to view
+        return self.cupy.empty(shape, getattr(ml_dtypes, dtype, dtype))
+
+    def signature(self, array):
+        return type(array), array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id
 
     def stream(self):
         return self.cupy.cuda.get_current_stream().ptr
 
     def is_capturing(self):
         return self.cupy.cuda.get_current_stream().is_capturing()
+
+    def of_memory(self, memory):
+        return self.cupy.asarray(memory)
+
+    def external_stream(self, stream, device):
+        with warnings.catch_warnings():                          # its successor, Stream.from_external, destroys what it was given
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return self.cupy.cuda.ExternalStream(stream, device)
 
 
 class _Torch(Library):
@@ -95,11 +126,20 @@ class _Torch(Library):
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.engine)
 
+    def signature(self, array):
+        return type(array), array.shape, array.dtype, array.is_contiguous(), array.device
+
     def stream(self):
         return self.torch.cuda.current_stream().cuda_stream if self.engine == "cuda" else 0
 
     def is_capturing(self):
         return self.engine == "cuda" and self.torch.cuda.is_current_stream_capturing()
+
+    def of_memory(self, memory):
+        return self.torch.as_tensor(memory, device="cuda") if self.engine == "cuda" else self.torch.from_numpy(np.asarray(memory))
+
+    def external_stream(self, stream, device):
+        return self.torch.cuda.ExternalStream(stream, device=device)
 
 
 @functools.cache
@@ -107,23 +147,75 @@ def _library(name, engine):
     return {"numpy": _NumPy, "cupy": _CuPy, "torch": _Torch}[name](name, engine)
 
 
+@functools.cache
+def _package(kind):
+    """Which library a type of arrays is of."""
+    package = kind.__module__.partition(".")[0]
+    if package == "numpy" and issubclass(kind, np.ndarray):
+        return "numpy"
+    known = package == "cupy" and hasattr(kind, "data") or package == "torch" and hasattr(kind, "data_ptr")
+    return package if known else None
+
+
 def library_of(array, argument):
     """The library of an array; TypeError if it is not one of ours, naming the argument."""
-    package = type(array).__module__.partition(".")[0]
-    if package == "numpy" and isinstance(array, np.ndarray):
-        return _library("numpy", "cpu")
-    if package == "cupy" and hasattr(array, "data"):
-        return _library("cupy", "cuda")
-    if package == "torch" and hasattr(array, "data_ptr"):
+    package = _package(type(array))
+    if package is None:
+        raise TypeError(f"{argument} is a {type(array).__module__}.{type(array).__qualname__}; "
+                        "expected a NumPy array, a CuPy array or a PyTorch tensor")
+    if package == "torch":
         return _library("torch", "cuda" if array.is_cuda else "cpu")
-    raise TypeError(f"{argument} is a {type(array).__module__}.{type(array).__qualname__}; "
-                    "expected a NumPy array, a CuPy array or a PyTorch tensor")
+    return _library(package, "cpu" if package == "numpy" else "cuda")
+
+
+def library_on_gpu():
+    """The library whose current stream is meant where no array says so: PyTorch if it has used a GPU, else CuPy if the program has
+    imported it, else None."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return _library("torch", "cuda")
+    return _library("cupy", "cuda") if "cupy" in sys.modules else None
+
+
+class Memory:
+    """Bytes at an address, for libraries to make arrays of; `owner` is kept alive with them."""
+
+    def __init__(self, engine, address, nbytes, owner=None):
+        interface = "__cuda_array_interface__" if engine == "cuda" else "__array_interface__"
+        setattr(self, interface, dict(shape=(nbytes,), typestr="|u1", data=(address, False), version=3))
+        self.engine, self.nbytes, self.owner = engine, nbytes, owner
+
+
+def view(memory, dtype, shape, offset):
+    """An array over a `Memory`, not copied, of PyTorch if the dtype is, else NumPy or CuPy.
+
+    shape: a tuple or torch.Size, or None for all that follows byte `offset`, in one dimension.
+    """
+    if type(dtype).__module__.partition(".")[0] == "torch":
+        library, itemsize = _library("torch", memory.engine), dtype.itemsize
+    else:
+        library = _library("cupy" if memory.engine == "cuda" else "numpy", memory.engine)
+        dtype = np.dtype(dtype)
+        itemsize = dtype.itemsize
+    if not 0 <= offset <= memory.nbytes or offset % itemsize:
+        raise ValueError(f"offset is {offset}; expected bytes, a multiple of {itemsize}, up to {memory.nbytes}")
+    room = (memory.nbytes - offset) // itemsize
+    shape = (room,) if shape is None else tuple(shape)
+    items = math.prod(shape)
+    if items > room:
+        raise ValueError(f"size is {list(shape)}; after byte {offset} there is room for {room} values of {itemsize} bytes")
+    return library.of_memory(memory)[offset:offset + items * itemsize].view(dtype).reshape(shape)
+
+
+def signature(array):
+    """`Library.signature`, of anything: two arguments with the same one pass the same checks."""
+    return type(array) if _package(type(array)) is None else library_of(array, "").signature(array)
 
 
 def check(array, argument, library, dtypes, shape, writable=False):
     """TypeError or ValueError unless `array` is a contiguous array of `library` with one of `dtypes` and this shape.
 
-    In `shape`, an int is a length that must be, a string names a length that may be anything.  Returns the address.
+    In `shape`, an int is a length that must be, a string names a length that may be anything.
     """
     other = library_of(array, argument)
     if other is not library:
@@ -137,7 +229,3 @@ def check(array, argument, library, dtypes, shape, writable=False):
         raise ValueError(f"{argument} is not contiguous; pass a contiguous copy of it")
     if writable and not library.is_writable(array):
         raise ValueError(f"{argument} is read-only; pass an array that may be written")
-    address = library.pointer(array)
-    if address % 16 and math.prod(array.shape) and library.dtype(array) == BF16:
-        raise ValueError(f"{argument} begins at address {address:#x}; rows must begin at a multiple of 16 bytes")
-    return address

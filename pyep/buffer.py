@@ -5,16 +5,20 @@ DeepEP's V1 `deep_ep.Buffer`.
 """
 import numpy as np
 
-from . import arrays, layout
+from . import arrays, config, events, layout
+from .calls import Call
 from .channels.transport import MpiBootstrap, TorchBootstrap
-from .checks import check_construction, check_experts, check_handle, check_implemented, check_shape
+from .checks import check_async, check_combine, check_construction, check_dispatch, check_experts, check_handle, check_shape
 from .choices import choose_device, choose_engine, choose_transport
 from .errors import EPClosedError, EPError
 from .events import EventOverlap
-from .low_latency import (COMBINE, DISPATCH, InFlight, LowLatencyDispatched, LowLatencyHandle, Results, check_fits,
-                          error_from, fingerprint, make_plan)
+from .low_latency import COMBINE, DISPATCH, InFlight, check_fits, error_from, fingerprint, make_plan
+from .results import LowLatencyDispatched, LowLatencyHandle, Results, recv_shape
+from .streams import Streams
 
 COMPILE_ALLOWANCE_S = 60.0              # a peer that compiles is not late
+NO_MASKS = ("leaving ranks out of the operations (enable_shrink=True, the mask buffer) is not implemented yet; a rank that does "
+            "not answer ends an operation with EPTimeoutError")
 
 
 class Buffer:
@@ -29,8 +33,11 @@ class Buffer:
     timeout_s: how long a rank waits for another before it raises `EPTimeoutError`.
 
     The engine is the GPU where one is visible, unless PYEP_DEVICE=cpu says otherwise.  All calls on a buffer must be ordered:
-    from one stream, or from streams that wait for each other.
+    from one stream, or from streams that wait for each other.  (Operations with async_finish and the others see to it themselves
+    that they follow each other.)
     """
+
+    num_sms = 20                        # see `set_num_sms`
 
     def __init__(self, group=None, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False,
@@ -39,16 +46,19 @@ class Buffer:
         check_construction(group, comm, num_rdma_bytes, low_latency_mode, enable_shrink, timeout_s)
         device = choose_device()
         transport = choose_transport(transport, device)
-        self._timeout_s, self._timeout_ns, self._given_bytes = timeout_s, int(timeout_s * 1e9), int(num_rdma_bytes)
+        self._timeout_s, self._timeout_ns = timeout_s, int(timeout_s * 1e9)
+        self.group = comm if group is None else group
+        self.num_nvl_bytes, self.num_rdma_bytes, self.low_latency_mode = num_nvl_bytes, int(num_rdma_bytes), low_latency_mode
         self._bootstrap = MpiBootstrap(comm, timeout_s) if comm is not None else TorchBootstrap(group)
         self.rank, self.group_size = self._bootstrap.rank, self._bootstrap.size
-        self._require_same("num_rdma_bytes", self._given_bytes)
+        self._require_same("num_rdma_bytes", self.num_rdma_bytes)
         self._engine = choose_engine(device, self._bootstrap, timeout_s)
-        self._nbytes = max(self._given_bytes, layout.control_bytes(self.group_size))
+        self._streams = Streams(self._engine)
+        self._nbytes = max(self.num_rdma_bytes, layout.control_bytes(self.group_size))
         self._half_bytes = layout.half_capacity(self._nbytes, self.group_size)
         self._ready_bytes = 0                                    # of each half: holds the absence value, peers may write
         self._plans, self._shapes, self._in_flight, self._error = {}, {}, InFlight(), None
-        self._results, self._combine_inputs = {}, {}
+        self._calls, self._results, self._combine_inputs = {}, {}, {}
         self.transport, self._transport = transport.name, transport(self._bootstrap, self._nbytes, timeout_s)
         try:
             self._write_control()
@@ -73,6 +83,65 @@ class Buffer:
         """The index of this rank's GPU; 0 on the CPU engine."""
         return self._engine.index
 
+    def is_internode_available(self):
+        """Whether ranks of several nodes are connected: the transports that there are serve one."""
+        return self.is_available() and self.get_num_rdma_ranks() > 1
+
+    def get_num_rdma_ranks(self):
+        """The number of nodes."""
+        return 1
+
+    def get_rdma_rank(self):
+        """The index of this rank's node."""
+        return 0
+
+    def get_comm_stream(self):
+        """The stream on which operations with async_finish run, PyTorch's kind if the program has used a GPU through it, else
+        CuPy's; None on the CPU engine.  It lives as long as the buffer."""
+        library = arrays.library_on_gpu()
+        if self._streams.comm is None or library is None:
+            return None
+        return library.external_stream(self._streams.comm, self._engine.index)
+
+    def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
+        """This rank's symmetric memory as an array, not copied: to look at, for what lies there is the protocol's (see
+        `pyep.layout.draw`).  Valid until `destroy`.
+
+        dtype: PyTorch's for a tensor, else NumPy's.  size: the shape; all there is if None.  offset: in bytes.
+        use_rdma_buffer: must be True; the other buffer, of num_nvl_bytes, belongs to the high-throughput operations.
+        """
+        self._require_usable()
+        if not use_rdma_buffer:
+            raise NotImplementedError("use_rdma_buffer=False: the buffer of the high-throughput operations is not implemented yet; "
+                                      "pass use_rdma_buffer=True")
+        memory = arrays.Memory(self._engine.name, self._transport.base, self._nbytes, self._transport)
+        return arrays.view(memory, dtype, size, offset)
+
+    capture = staticmethod(events.capture)
+
+    @staticmethod
+    def set_num_sms(new_num_sms):
+        """The SMs of high-throughput operations, an even number, for `Config`s made from now on.  Low-latency ones take all."""
+        Buffer.num_sms = config.check_num_sms(new_num_sms)
+
+    @staticmethod
+    def get_dispatch_config(num_ranks):
+        """The `Config` of a high-throughput dispatch between any number of ranks."""
+        return config.recommended(Buffer.num_sms, num_ranks)
+
+    @staticmethod
+    def get_combine_config(num_ranks):
+        """The `Config` of a high-throughput combine between any number of ranks."""
+        return config.recommended(Buffer.num_sms, num_ranks)
+
+    @staticmethod
+    def is_sm90_compiled():
+        """Whether FP8 can be sent here: on GPUs from compute capability 8.9 on, and by the CPU engine."""
+        if choose_device() == "cpu":
+            return True
+        from .kernels import cuda
+        return cuda.compute_capability() >= (8, 9)
+
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, num_topk=None):
         """Bytes of num_rdma_bytes for low-latency operations of up to this shape.
@@ -88,87 +157,142 @@ class Buffer:
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True,
                              round_scale=False, use_ue8m0=False, async_finish=False, return_recv_hook=False, *,
-                             topk_weights=None, output_layout="expert_major", out=None):
+                             topk_weights=None, output_layout="expert_major", out=None, previous_event=None):
         """Send every token to the experts that it selects.
 
         x: [T, H] bf16, T <= M = num_max_dispatch_tokens_per_rank; T may differ between ranks and be 0.
         topk_idx: [T, K] int64 or int32, global experts; -1 selects nothing.
-        use_fp8: must be False so far (BF16 only).
-        return_recv_hook: launch only the send half; the returned hook launches the receive half.
-        out: an [L, R*M, H] bf16 array to receive into, instead of one of the buffer's two.
+        cumulative_local_expert_recv_stats: [L] int32, to which the rows that each local expert got are added.
+        dispatch_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank, ready to receive, waited until each
+            source had begun to send: the rank that all others wait for is the slow one.
+        use_fp8: send e4m3 in blocks of 128 values with fp32 scales; recv_x is then the pair (values, scales).  The recipe is
+            `pyep.reference.quantize`.  round_scale: scales are powers of two.  use_ue8m0: four scales' exponents in an int32.
+        async_finish: run on the buffer's own stream, after what the caller's current stream has to do.  That stream does not wait
+            for it: the returned event is for that.  Until then keep the event, which keeps the inputs, and do not change them.
+        return_recv_hook: launch only the send half; the returned hook launches the receive half, on the stream current then.
+        topk_weights: [T, K] fp32, to travel with the tokens; combine then reduces on the experts' rank first.
+        output_layout: "expert_major", or "rank_major": each token once per rank, not once per expert.
+        out: an array like recv_x (BF16 only) to receive into, instead of one of the buffer's two.
+        previous_event: what `Buffer.capture` or an operation returned as event, to wait for; with async_finish instead of the
+            current stream.
 
-        Returns (recv_x [L, R*M, H] bf16, recv_count [L] int32, handle, event, hook).  The first recv_count[e] rows of local
-        expert e are valid, ordered by (source rank, source token).  handle = (src_info [L, R*M] int32, layout_range [L, R]
-        int64, M, H, E).  The results live until the second next dispatch of this shape.
+        Returns (recv_x, recv_count, handle, event, hook) as a `LowLatencyDispatched`.
+        expert_major: recv_x [L, R*M, H], recv_count [L] int32; the first recv_count[e] rows of local expert e are valid, ordered
+            by (source rank, source token).  handle = (src_info [L, R*M] int32, layout_range [L, R] int64, M, H, E).
+        rank_major: recv_x [R, M, H], recv_count [R] int32; the first recv_count[s] rows of source s are valid, in the order of
+            its tokens.  handle = (src_info [R, M], layout_range [R], M, H, E).  With the attributes recv_topk_idx [R, M, K]
+            int64 (local experts, -1 elsewhere) and, given topk_weights, recv_topk_weights [R, M, K] fp32.
+        FP8: scales are fp32 [.., H/128] or, with use_ue8m0, int32 [.., H/512], each column contiguous.
+        The results live until the second next dispatch of this shape and mode.
         """
-        check_implemented(
-            use_fp8=use_fp8, round_scale=round_scale, use_ue8m0=use_ue8m0, async_finish=async_finish, topk_weights=topk_weights,
-            cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
-            dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats, output_layout=output_layout)
+        if async_finish or previous_event is not None:
+            check_async(async_finish, return_recv_hook, previous_event)
         self._require_usable()
-        library = self._library_of(x, "x")
-        max_tokens = num_max_dispatch_tokens_per_rank
-        x_at = arrays.check(x, "x", library, ("bfloat16",), ("T", "H"))
-        topk_at = arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (x.shape[0], "K"))
-        (num_tokens, hidden), num_topk = x.shape, topk_idx.shape[1]
-        check_shape(max_tokens, hidden, self.group_size, num_experts, num_topk, num_tokens, topk_name="topk_idx")
+        stats, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        call = self._prepared("dispatch", check_dispatch, (x, topk_idx, topk_weights, stats, waits, out),
+                              (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
+        shape, library = call.shape, call.library
         if library.engine == "cpu":
-            check_experts(topk_idx, num_experts)
-        shape = layout.LowLatency(self.group_size, int(max_tokens), hidden, int(num_experts), num_topk)
+            check_experts(topk_idx, shape.num_experts)
+        received, addresses = call.results.next()
         if out is not None:
-            arrays.check(out, "out", library, ("bfloat16",), (shape.local_experts, shape.rows_per_expert, hidden), writable=True)
-        plan = self._plan(shape, _index_bytes(library, topk_idx), library)
-        results = self._results[library, shape]
-        received = results.next(out)
-        args = (x_at, topk_at, num_tokens, *(library.pointer(a) for a in received))
-        hook = self._run(DISPATCH, plan, library, args, (x, topk_idx, received), return_recv_hook)
-        results.dispatches += 1                                  # only now: a call that was refused is no dispatch
-        handle = LowLatencyHandle(id(self), results.dispatches, received, shape, num_tokens)
-        return LowLatencyDispatched(received.recv_x, received.recv_count, handle, EventOverlap(library, self._check), hook)
+            received, addresses = received._replace(recv_x=out), (call.aligned(out, "out"), *addresses[1:])
+        args = (call.aligned(x, "x"), *call.addresses(topk_idx, topk_weights), len(x), *call.addresses(stats, waits), *addresses)
+        event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
+                                async_finish, previous_event)
+        call.results.dispatches += 1                             # only now: a call that was refused is no dispatch
+        handle = LowLatencyHandle(id(self), call.results.dispatches, received, shape, len(x))
+        recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
+        dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
+        if shape.rank_major:
+            dispatched.recv_topk_idx, dispatched.recv_topk_weights = received.recv_topk_idx, received.weight_of
+        return dispatched
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False,
-                            return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None):
-        """Bring the experts' outputs back and sum them: out[t] = bf16(sum over k, in order, of weight[t, k] * y[t, k]), fp32.
+                            return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None, *, previous_event=None):
+        """Bring the experts' outputs back and sum them, in fp32, in an order that is always the same.
 
-        x: [L, R*M, H] bf16, the output of the local experts, row by row as dispatch delivered their inputs.
+        x: the output of the local experts, bf16, row by row as dispatch delivered their inputs: [L, R*M, H].
+            rank-major: [R, M, H], for each received token the sum of what this rank's experts made of it, weighted by the caller.
         topk_idx: [T, K] int64 or int32 and topk_weights: [T, K] fp32, of the tokens that this rank dispatched.  A selection that
-            has become -1 since then adds nothing.
+            has become -1 since then adds nothing.  If topk_weights were given to dispatch, or in the rank-major layout, they are
+            not looked at and may be None.
         handle: of the dispatch; it serves any number of combines.
-        zero_copy: x is the array of `get_next_low_latency_combine_buffer`.
-        return_recv_hook: launch only the send half; the returned hook launches the receive half.
+        zero_copy: send from the array of `get_next_low_latency_combine_buffer`, whatever x is.
+        async_finish, return_recv_hook, previous_event: as for dispatch.
+        out: a [T, H] bf16 array to sum into.  Must be given with async_finish and previous_event: memory made here might still be
+            used by what the current stream has to do, which the operation does not wait for.
+        combine_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank waited until each rank had begun.
+
+        direct: out[t] = bf16(sum over k, in order, of weight[t, k] * y[t, k]).
+        rank-reduced (topk_weights were given to dispatch): every rank r makes p[r, t], the same sum over its own experts;
+            out[t] = bf16(sum over r, in order, of bf16(p[r, t])).  rank-major: the caller has made the p[r, t].
 
         Returns (combined_x [T, H] bf16, event, hook).
         """
-        check_implemented(use_logfmt=use_logfmt, async_finish=async_finish,
-                          combine_wait_recv_cost_stats=combine_wait_recv_cost_stats)
+        if use_logfmt:
+            raise NotImplementedError("use_logfmt=True is not implemented yet; pass use_logfmt=False")
+        if async_finish or previous_event is not None:
+            check_async(async_finish, return_recv_hook, previous_event)
         self._require_usable()
         check_handle(handle, id(self))
-        shape, num_tokens = handle.shape, handle.num_tokens
-        library = self._library_of(x, "x")
-        if self._results[arrays.library_of(handle[0], "handle"), shape].dispatches > handle.number + 1:
+        shape, num_tokens, received, waits = handle.shape, handle.num_tokens, handle.received, combine_wait_recv_cost_stats
+        if shape.reduced:
+            topk_idx = topk_weights = None
+        call = self._prepared("combine", check_combine, (x, topk_idx, topk_weights, waits, out, handle[0]), (shape, num_tokens))
+        if call.results.dispatches > handle.number + 1:
             raise ValueError("handle is of a dispatch whose results were overwritten: two more of that shape came after it")
-        x_at = arrays.check(x, "x", library, ("bfloat16",), (shape.local_experts, shape.rows_per_expert, shape.hidden))
-        topk_at = arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (num_tokens, shape.num_topk))
-        weights_at = arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, shape.num_topk))
-        if zero_copy and x_at != library.pointer(self.get_next_low_latency_combine_buffer(handle)):
-            raise ValueError("zero_copy=True, but x is not the array that get_next_low_latency_combine_buffer returned")
+        library = call.library
+        if zero_copy:
+            x = self._combine_inputs.get((library, shape))
+            if x is None:
+                raise ValueError("zero_copy=True sends the array of get_next_low_latency_combine_buffer, which was not called")
+        x_at = call.aligned(x, "x")
         if out is None:
+            if async_finish and previous_event is not None:
+                raise ValueError("out is None with async_finish=True and previous_event; expected an array: memory made here might "
+                                 "still be in use on the current stream")
             out = library.empty((num_tokens, shape.hidden), "bfloat16")
-        out_at = arrays.check(out, "out", library, ("bfloat16",), (num_tokens, shape.hidden), writable=True)
-        plan = self._plan(shape, _index_bytes(library, topk_idx), library)
-        args = (x_at, topk_at, weights_at, num_tokens, *(library.pointer(a) for a in handle.private), out_at)
-        hook = self._run(COMBINE, plan, library, args, (x, topk_idx, topk_weights, handle, out), return_recv_hook)
-        return out, EventOverlap(library, self._check), hook
+        selections = () if shape.reduced else call.addresses(topk_idx, topk_weights)
+        more = call.addresses(received.weight_of, received.src_info) if shape.reduced else ()
+        args = (x_at, *selections, num_tokens, *call.addresses(waits, received.row_of), *more,
+                *call.addresses(received.sent, received.selected), call.aligned(out, "out"))
+        event, hook = self._run(COMBINE, call, args, (x, topk_idx, topk_weights, handle, out, waits), return_recv_hook,
+                                async_finish, previous_event)
+        return out, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle):
-        """An [L, R*M, H] bf16 array for the experts' output, from which combine sends with zero_copy=True."""
+        """An [L, R*M, H] bf16 array (rank-major: [R, M, H]) for the experts' output, from which combine sends with zero_copy=True.
+
+        Combine reads any array in place; this one saves the caller an allocation.  There is one for each shape: after a combine
+        with async_finish, write into it once the event was waited for.  In the rank-major layout the output may also overwrite
+        recv_x.
+        """
         self._require_usable()
         check_handle(handle, id(self))
         library, shape = arrays.library_of(handle[0], "handle"), handle.shape
         if (library, shape) not in self._combine_inputs:
-            rows = shape.local_experts, shape.rows_per_expert, shape.hidden
-            self._combine_inputs[library, shape] = library.empty(rows, "bfloat16")
+            self._combine_inputs[library, shape] = library.empty((*recv_shape(shape), shape.hidden), "bfloat16")
         return self._combine_inputs[library, shape]
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
+        """Make the buffer ready for a shape: it always is, since readers clean behind themselves.  Checks that the shape fits."""
+        self._require_usable()
+        check_shape(num_max_dispatch_tokens_per_rank, hidden, self.group_size, num_experts, 1)
+        check_fits(layout.LowLatency(self.group_size, num_max_dispatch_tokens_per_rank, hidden, num_experts, 1), self._nbytes,
+                   self.num_rdma_bytes)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+        """Leave a rank out of the operations (mask=True), or take it in again: needs enable_shrink=True, which is not there yet."""
+        raise NotImplementedError(NO_MASKS)
+
+    def low_latency_query_mask_buffer(self, mask_status):
+        """Write 1 for each rank that is left out, else 0, into [R] int32: needs enable_shrink=True, which is not there yet."""
+        raise NotImplementedError(NO_MASKS)
+
+    def low_latency_clean_mask_buffer(self):
+        """Take all ranks in again: needs enable_shrink=True, which is not there yet."""
+        raise NotImplementedError(NO_MASKS)
 
     # ---- how an operation runs ---------------------------------------------------------------------------------------
 
@@ -176,12 +300,13 @@ class Buffer:
         """The kernels of a shape.  The first time, all ranks compile, make ready the memory it uses, and meet."""
         plan = self._plans.get((shape, index_bytes))
         if plan is None:
-            check_fits(shape, self._nbytes, self._given_bytes)
+            check_fits(shape, self._nbytes, self.num_rdma_bytes)
         new_results = (library, shape) not in self._results
         if (plan is None or new_results) and library.is_capturing():
             raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
         if new_results:
             self._results[library, shape] = Results(library, shape)
+            self._engine.synchronize()                           # their memory may be in use on a stream that is not waited for
         if plan is None:
             known = shape in {s for s, _ in self._plans}         # with the other integer type: only this rank may need it
             plan = make_plan(self._engine, shape, index_bytes, self.rank)
@@ -191,16 +316,34 @@ class Buffer:
             self._plans[shape, index_bytes] = plan
         return plan
 
-    def _run(self, operation, plan, library, args, keep, return_recv_hook):
-        """Launch an operation, or its send half; then the result is a function that launches the receive half."""
-        kernels = plan.dispatch if operation == DISPATCH else plan.combine
+    def _prepared(self, operation, check, given, options):
+        """The checked call for arguments like these: `given` are arrays or None, of which only the addresses and values may differ
+        between calls that share one, `options` all else that matters."""
+        try:
+            key = (operation, *map(arrays.signature, given), options)
+            call = self._calls.get(key)
+        except TypeError:                                        # an argument that cannot be hashed: the checks say which
+            call = key = None
+        if call is None:
+            library, shape, index_bytes = check(self._engine, self.group_size, *given, *options)
+            plan = self._plan(shape, index_bytes, library)
+            call = Call(shape, library, getattr(plan, operation), self._results[library, shape])
+            if key is not None:
+                self._calls[key] = call
+        return call
+
+    def _run(self, operation, call, args, keep, return_recv_hook, async_finish, previous_event):
+        """Launch an operation, or its send half: (its event, a function that launches the receive half or None)."""
+        library = call.library
+        current = library.stream()
+        stream = self._streams.enter(current, async_finish, previous_event)
         number, lag = self._in_flight.send()
-        self._shapes[operation] = plan.shape
+        self._shapes[operation] = call.shape
         common = self._transport.base, self.rank, self._half_bytes, self._timeout_ns
 
-        def launch(phase, lag):
+        def launch(phase, stream, lag):
             try:
-                kernels[phase].launch(library.stream(), *common, lag, *args)
+                call.kernels[phase].launch(stream, *common, lag, *args)
             except Exception as error:                           # sent or not, received or not: nobody knows
                 self._error = error
                 raise
@@ -209,22 +352,23 @@ class Buffer:
 
         def hook():
             self._require_usable()
-            launch("receive", self._in_flight.receive(number))
-        hook.arrays = keep                                       # they must live until the hook is called
-        if "both" in kernels and not return_recv_hook:
-            self._in_flight.receive(number)
-            return launch("both", lag)
-        launch("send", lag)
-        return hook if return_recv_hook else hook()
+            stream = self._streams.enter(library.stream())
+            launch("receive", stream, self._in_flight.receive(number))
 
-    def _library_of(self, array, argument):
-        library = arrays.library_of(array, argument)
-        if library.engine != self._engine.name:
-            where = "GPU" if self._engine.name == "cuda" else "CPU"
-            raise TypeError(f"{argument} is in {library.engine} memory, but this buffer runs on the {where}")
-        if library.device(array) != self._engine.index:
-            raise ValueError(f"{argument} is on GPU {library.device(array)}, but this buffer is on GPU {self._engine.index}")
-        return library
+        if return_recv_hook:
+            hook.arrays = keep                                   # they must live until the hook is called
+            launch("send", stream, lag)
+        elif "both" in call.kernels:
+            self._in_flight.receive(number)
+            launch("both", stream, lag)
+        else:
+            launch("send", stream, lag)
+            launch("receive", stream, self._in_flight.receive(number))
+        recorded = self._streams.record() if async_finish else None
+        event = EventOverlap(recorded, keep if recorded else None, library, current, self._check)
+        if previous_event is not None:
+            event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
+        return event, hook if return_recv_hook else None
 
     # ---- memory, errors, the end -------------------------------------------------------------------------------------
 
@@ -298,7 +442,7 @@ class Buffer:
         transport, self._transport = self._transport, None
         self._met_to_part()
         transport.close(self._met_to_part)
-        self._plans, self._results, self._combine_inputs = {}, {}, {}
+        self._calls, self._plans, self._results, self._combine_inputs = {}, {}, {}, {}
         if self._error is None:
             self._bootstrap.close()
         if unreported is not None:
@@ -320,7 +464,3 @@ class Buffer:
         if error is not None and self._error is None:
             self._error = error                                  # the other ranks may never come: do not wait for them
         self.destroy()
-
-
-def _index_bytes(library, topk_idx):
-    return 8 if library.dtype(topk_idx) == "int64" else 4

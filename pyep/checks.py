@@ -3,12 +3,9 @@ import numbers
 
 import numpy as np
 
-from . import layout
-from .low_latency import LowLatencyHandle
-
-NOT_YET = dict(use_fp8=False, round_scale=False, use_ue8m0=False, use_logfmt=False, async_finish=False,
-               output_layout="expert_major", topk_weights=None,
-               cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, combine_wait_recv_cost_stats=None)
+from . import arrays, layout
+from .events import EventOverlap
+from .results import LowLatencyHandle, recv_shape
 
 
 def check_construction(group, comm, num_rdma_bytes, low_latency_mode, enable_shrink, timeout_s):
@@ -46,6 +43,82 @@ def check_shape(max_tokens, hidden, num_ranks, num_experts, num_topk, num_tokens
         raise ValueError(f"{topk_name} selects {num_topk} experts a token; expected 1 to num_experts = {num_experts}")
 
 
+def check_mode(hidden, use_fp8, round_scale, use_ue8m0, output_layout):
+    """The mode of a dispatch; what its rows travel as, see `layout.DATA`."""
+    if output_layout not in ("expert_major", "rank_major"):
+        raise ValueError(f"output_layout is {output_layout!r}; expected \"expert_major\" or \"rank_major\"")
+    if not use_fp8:
+        if round_scale or use_ue8m0:
+            raise ValueError(f"round_scale={round_scale!r}, use_ue8m0={use_ue8m0!r} with use_fp8=False; they are for use_fp8=True")
+        return "bf16"
+    if use_ue8m0 and not round_scale:
+        raise ValueError("use_ue8m0=True with round_scale=False; exponents can only stand for scales that are powers of two: "
+                         "pass round_scale=True")
+    multiple = layout.FP8_BLOCK * (4 if use_ue8m0 else 1)
+    if hidden % multiple:
+        raise ValueError(f"hidden is {hidden}; expected a multiple of {multiple} with use_fp8=True"
+                         + (", use_ue8m0=True" if use_ue8m0 else ""))
+    return "fp8_ue8m0" if use_ue8m0 else "fp8_powers_of_2" if round_scale else "fp8"
+
+
+def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, out, max_tokens, num_experts, use_fp8, round_scale,
+                   use_ue8m0, output_layout):
+    """All of a dispatch's arguments but for values and addresses: (library, `LowLatency`, bytes of an entry of topk_idx)."""
+    library = _library_on(engine, x, "x")
+    arrays.check(x, "x", library, ("bfloat16",), ("T", "H"))
+    arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (x.shape[0], "K"))
+    (num_tokens, hidden), num_topk = x.shape, topk_idx.shape[1]
+    check_shape(max_tokens, hidden, num_ranks, num_experts, num_topk, num_tokens, topk_name="topk_idx")
+    data = check_mode(hidden, use_fp8, round_scale, use_ue8m0, output_layout)
+    shape = layout.LowLatency(num_ranks, int(max_tokens), hidden, int(num_experts), num_topk, data, output_layout == "rank_major",
+                              topk_weights is not None)
+    if topk_weights is not None:
+        arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, num_topk))
+    if stats is not None:
+        arrays.check(stats, "cumulative_local_expert_recv_stats", library, ("int32",), (shape.local_experts,), writable=True)
+    if waits is not None:
+        arrays.check(waits, "dispatch_wait_recv_cost_stats", library, ("int64",), (num_ranks,), writable=True)
+    if out is not None:
+        if shape.fp8:
+            raise ValueError("out is given with use_fp8=True; expected None: FP8 is received into the buffer's own arrays")
+        arrays.check(out, "out", library, ("bfloat16",), (*recv_shape(shape), hidden), writable=True)
+    return library, shape, _index_bytes(library, topk_idx)
+
+
+def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_info, shape, num_tokens):
+    """All of a combine's arguments but for values and addresses; `src_info`, `shape` and `num_tokens` are the handle's."""
+    library = _library_on(engine, x, "x")
+    if arrays.library_of(src_info, "handle") is not library:
+        raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of "
+                        f"{arrays.library_of(src_info, 'handle').name} arrays")
+    arrays.check(x, "x", library, ("bfloat16",), (*recv_shape(shape), shape.hidden))
+    index_bytes = 8
+    if not shape.reduced:
+        arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (num_tokens, shape.num_topk))
+        arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, shape.num_topk))
+        index_bytes = _index_bytes(library, topk_idx)
+    if waits is not None:
+        arrays.check(waits, "combine_wait_recv_cost_stats", library, ("int64",), (num_ranks,), writable=True)
+    if out is not None:
+        arrays.check(out, "out", library, ("bfloat16",), (num_tokens, shape.hidden), writable=True)
+    return library, shape, index_bytes
+
+
+def _library_on(engine, array, argument):
+    """The library of an array, which must be in the engine's memory."""
+    library = arrays.library_of(array, argument)
+    if library.engine != engine.name:
+        where = "GPU" if engine.name == "cuda" else "CPU"
+        raise TypeError(f"{argument} is in {library.engine} memory, but this buffer runs on the {where}")
+    if library.device(array) != engine.index:
+        raise ValueError(f"{argument} is on GPU {library.device(array)}, but this buffer is on GPU {engine.index}")
+    return library
+
+
+def _index_bytes(library, topk_idx):
+    return 8 if library.dtype(topk_idx) == "int64" else 4
+
+
 def check_experts(topk_idx, num_experts):
     """Experts that do not exist.  Only on the CPU: on a GPU the kernel finds out, without a wait."""
     indices = np.asarray(topk_idx)
@@ -61,11 +134,11 @@ def check_handle(handle, owner):
         raise ValueError("handle is of another Buffer; expected one that low_latency_dispatch of this buffer returned")
 
 
-def check_implemented(**arguments):
-    """NotImplementedError for arguments whose feature is not there yet."""
-    for name, value in arguments.items():
-        accepted = NOT_YET[name]
-        simple = isinstance(value, (bool, int, str))
-        if value is not accepted and not (simple and value == accepted):
-            was = repr(value) if simple else f"a {type(value).__name__}"
-            raise NotImplementedError(f"{name}={was} is not implemented yet; pass {name}={accepted!r}")
+def check_async(async_finish, return_recv_hook, previous_event):
+    """When an operation begins and who waits for its end."""
+    if async_finish and return_recv_hook:
+        raise ValueError("async_finish=True with return_recv_hook=True; expected at most one of them: either the event says when "
+                         "the operation has ended, or the hook ends it")
+    if previous_event is not None and not isinstance(previous_event, EventOverlap):
+        raise TypeError(f"previous_event is a {type(previous_event).__name__}; expected what Buffer.capture or an operation "
+                        "returned as event")

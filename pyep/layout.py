@@ -18,6 +18,8 @@ WORD = 8                                # every counter and flag: so that 64-bit
 LINE = 128                              # what one transaction of a GPU's memory system covers
 MAX_BLOCKS = 1024                       # blocks in a grid, at most
 MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
+FP8_BLOCK = 128                         # values that share a scale
+DATA = ("bf16", "fp8", "fp8_powers_of_2", "fp8_ue8m0")      # e4m3 with scales in fp32, of powers of two, those as exponents
 
 
 def align(n, to=LINE):
@@ -92,13 +94,16 @@ def control_bytes(num_ranks):
 
 
 class LowLatency(NamedTuple):
-    """The shape of a low-latency operation and where its data goes within a half."""
+    """The shape and the mode of a low-latency dispatch and of its combines, and where their data goes within a half."""
 
     num_ranks: int
     max_tokens: int                     # M: the most tokens that any rank dispatches
     hidden: int                         # H: values in a row
     num_experts: int                    # E
     num_topk: int                       # K
+    data: str = "bf16"                  # what rows travel as, one of DATA
+    rank_major: bool = False            # rows are delivered once per rank, not once per expert
+    weighted: bool = False              # topk_weights travel with the tokens
 
     @property
     def local_experts(self):
@@ -111,23 +116,47 @@ class LowLatency(NamedTuple):
 
     @property
     def row_bytes(self):
+        """A row of bf16."""
         return 2 * self.hidden
+
+    @property
+    def data_bytes(self):
+        """The values of a row as they travel in a dispatch."""
+        return self.hidden if self.fp8 else self.row_bytes
+
+    @property
+    def wire_bytes(self):
+        """A row as it travels in a dispatch: the values, then the fp32 scales of FP8, in whole vectors of 16 bytes."""
+        return self.data_bytes + (align(4 * self.hidden // FP8_BLOCK, 16) if self.fp8 else 0)
+
+    @property
+    def fp8(self):
+        return self.data != "bf16"
+
+    @property
+    def reduced(self):
+        """Whether combine brings back one partial sum per (rank, token), not one output per selection."""
+        return self.rank_major or self.weighted
 
     def dispatch(self, half=0):
         """What a half that begins at byte `half` holds in a dispatch.
 
-        routes  1 + the expert that (source, token, k) selects, or 0; every rank gets all of them
-        places  n: the selection is the source's n-th for its expert (the first is 0); only that expert's rank gets it
+        routes  1 + the expert that (source, token, k) selects, or 0; above it the selection's weight; every rank gets all
+        places  n: the selection is the source's n-th for its expert (the first is 0); only that expert's rank gets it.
+                rank-major: the token is the source's n-th for this rank, at k = 0
         rows    the token, once per rank however many of that rank's experts it selects
         """
         selections = (self.num_ranks, self.max_tokens, self.num_topk)
         return _stack(half,
                       ("routes", ("source", "token", "k"), selections, WORD, "source"),
                       ("places", ("source", "token", "k"), selections, WORD, "source"),
-                      ("rows", ("source", "token"), selections[:2], self.row_bytes, "source"))
+                      ("rows", ("source", "token"), selections[:2], self.wire_bytes, "source"))
 
     def combine(self, half=0):
-        """What a half holds in a combine: the output of the expert that (token, k) selected, written by its rank."""
+        """What a half holds in a combine, written by the experts' rank: the output of the expert that (token, k) selected, or
+        if the experts' rank reduces first, its sum for the token."""
+        if self.reduced:
+            return _stack(half, ("partials", ("rank", "token"), (self.num_ranks, self.max_tokens), self.row_bytes, "rank"))
         return _stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
 
     @property
@@ -149,7 +178,7 @@ def low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, n
     """Bytes that `Buffer(num_rdma_bytes=...)` needs for low-latency operations of a shape.
 
     Without `num_topk` there is room for any top-k up to the number of experts, which costs E / K times the memory of an
-    exact hint: one row per token and selected expert comes back in a combine.
+    exact hint: one row per token and selected expert comes back in a direct combine.  Every mode fits: this one needs most.
     """
     return LowLatency(num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts, num_topk or num_experts).nbytes
 

@@ -1,7 +1,7 @@
 """Low latency on the host: from a shape to compiled kernels, from a wait that gave up to an error in words.
 
 `Buffer.low_latency_dispatch` and `low_latency_combine` check their arguments and use what is here; the protocol itself is
-in `pyep.kernels.low_latency` and the two files beside it.
+in `pyep.kernels.low_latency` and the files beside it.
 """
 import zlib
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutErr
 from .kernels import low_latency as kernels
 from .kernels.low_latency_combine import combine
 from .kernels.low_latency_dispatch import dispatch
+from .kernels.low_latency_reduce import combine_reduced
 
 # What the waits of a kernel wait for: (operation, phase, what the peer owes), by the number in the status record.
 DISPATCH, COMBINE = "low_latency_dispatch", "low_latency_combine"
@@ -25,63 +26,8 @@ WAITS = {
     kernels.COMBINE_CONSUMED: (COMBINE, "send", READ),
     kernels.COMBINE_BEGUN: (COMBINE, "receive", "the peer to begin the operation"),
     kernels.COMBINE_OUTPUT: (COMBINE, "receive", "the output of an expert of the peer"),
+    kernels.COMBINE_PARTIAL: (COMBINE, "receive", "the sum of what the peer's experts made of a token"),
 }
-
-
-class LowLatencyDispatched(NamedTuple):
-    """What `low_latency_dispatch` returns; unpacks as DeepEP's tuple does."""
-
-    recv_x: object                      # [L, R*M, H] bf16
-    recv_count: object                  # [L] int32
-    handle: object                      # for combine
-    event: object
-    hook: object                        # a function that launches the receive half, or None
-
-
-class LowLatencyHandle(tuple):
-    """(src_info, layout_range, M, H, E) as in DeepEP, with what combine needs besides as attributes."""
-
-    def __new__(cls, owner, number, received, shape, num_tokens):
-        self = super().__new__(cls, (received.src_info, received.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
-        self.owner, self.number, self.shape, self.num_tokens = owner, number, shape, num_tokens
-        self.private = received.row_of, received.source_tokens, received.selected
-        return self
-
-
-class Received(NamedTuple):
-    """The arrays that a dispatch writes."""
-
-    recv_x: object
-    recv_count: object
-    src_info: object
-    layout_range: object
-    row_of: object                      # [R, M, K] int64: the row of recv_x, counted over all local experts, or -1
-    source_tokens: object               # [R] int64: how many tokens each rank sent
-    selected: object                    # [M, K] int64: the experts that this rank's own tokens selected, or -1
-
-
-class Results:
-    """All that the dispatches of a shape are received into: two sets of arrays that take turns.
-
-    `selected` takes turns among three: a combine reads it to its end, and with hooks that may be after one more dispatch.
-    """
-
-    def __init__(self, library, shape):
-        local, rows, ranks = shape.local_experts, shape.rows_per_expert, shape.num_ranks
-        selections = shape.max_tokens, shape.num_topk
-        self.dispatches = 0
-        self._sets = [(library.empty((local, rows, shape.hidden), "bfloat16"),
-                       library.empty((local,), "int32"),
-                       library.empty((local, rows), "int32"),
-                       library.empty((local, ranks), "int64"),
-                       library.empty((ranks, *selections), "int64"),
-                       library.empty((ranks,), "int64")) for _ in range(2)]
-        self._selected = [library.empty(selections, "int64") for _ in range(3)]
-
-    def next(self, recv_x=None):
-        """The arrays for the next dispatch; `recv_x` in place of the own one, if given."""
-        own, *others = self._sets[self.dispatches % 2]
-        return Received(own if recv_x is None else recv_x, *others, self._selected[self.dispatches % 3])
 
 
 class InFlight:
@@ -122,37 +68,58 @@ def constants(shape, index_bytes):
     _, places, rows = shape.dispatch()
     return dict(
         RANKS=shape.num_ranks, EXPERTS=shape.num_experts, LOCAL_EXPERTS=shape.local_experts, MAX_TOKENS=shape.max_tokens,
-        TOPK=shape.num_topk, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes, MAX_BLOCKS=layout.MAX_BLOCKS,
-        LINE=layout.LINE,
+        TOPK=shape.num_topk, HIDDEN=shape.hidden, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes,
+        FP8=int(shape.fp8), POWERS_OF_2=int(shape.data in ("fp8_powers_of_2", "fp8_ue8m0")), UE8M0=int(shape.data == "fp8_ue8m0"),
+        DATA_BYTES=shape.data_bytes, WIRE_BYTES=shape.wire_bytes, RANK_MAJOR=int(shape.rank_major), WEIGHTED=int(shape.weighted),
+        GROUPS=shape.num_ranks if shape.rank_major else shape.num_experts,
+        LOCAL_GROUPS=1 if shape.rank_major else shape.local_experts, CHUNK=chunk(shape),
+        MAX_BLOCKS=layout.MAX_BLOCKS, LINE=layout.LINE,
         STATUS=control["status"].offset, PEERS=control["peers"].offset, FAILED=control["failed"].offset,
         EPOCH=control["epoch"].offset, CONSUMED=control["consumed"].offset, COUNTS=control["rdma_recv_count"].offset,
         COUNTS_STRIDE=layout.WORD * (1 + layout.MAX_LOCAL_EXPERTS), CONTROL_BYTES=layout.control_bytes(shape.num_ranks),
         PLACES=places.offset, ROWS=rows.offset)
 
 
-def shared_bytes(operation, shape, warps):
-    """Shared memory of a block: what the senders of its kernel need, or the receivers.  See the kernels for what is in it."""
-    if operation == "combine":
-        return warps * layout.WORD * (1 + 2 * layout.align(shape.num_topk, 4))
-    send = warps * (1 + shape.num_ranks)
-    receive = shape.num_ranks * (1 + shape.local_experts) + warps * (1 + shape.num_topk)
-    return layout.WORD * max(send, receive)
+STAGED = 2048                           # selections that a sending block has in its shared memory at once
+
+
+def chunk(shape):
+    """How many tokens' selections that is."""
+    return min(shape.max_tokens, max(1, STAGED // shape.num_topk))
+
+
+def shared_bytes(operation, shape, warps, announcers):
+    """Shared memory of a block: the most that any of its roles needs.  See the kernels for what is in it."""
+    word, ranks, topk = layout.WORD, layout.align(shape.num_ranks, 4), layout.align(shape.num_topk, 4)
+    if operation == "dispatch":
+        groups, local = (shape.num_ranks, 1) if shape.rank_major else (shape.num_experts, shape.local_experts)
+        announce = 4 * chunk(shape) * shape.num_topk * (1 + shape.weighted) + word * -(-groups // announcers)
+        send = word * warps * (1 + shape.num_ranks)
+        receive = word * (shape.num_ranks * (1 + local) + warps * (2 + shape.num_topk))
+        return layout.align(max(announce, send, receive), word)
+    if not shape.reduced:
+        return 2 * word * warps * topk
+    return 2 * word * warps * ((1 if shape.rank_major else topk) + ranks)
 
 
 def make_plan(engine, shape, index_bytes, rank):
     """Compile the kernels of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
-    threads, jobs = engine.threads_for_row(shape.row_bytes), {}
+    jobs = {}
     values = constants(shape, index_bytes)
-    for operation, kernel in (("dispatch", dispatch), ("combine", combine)):
-        shared = shared_bytes(operation, shape, engine.warps(threads))
+    for operation, kernel in (("dispatch", dispatch), ("combine", combine_reduced if shape.reduced else combine)):
+        row_bytes = shape.wire_bytes if operation == "dispatch" else shape.row_bytes
+        threads = engine.threads_for_row(row_bytes)
         for phase, blocks, senders, receivers in engine.phases(operation):
-            jobs[operation, phase] = (kernel, blocks, threads, shared, dict(values, SENDERS=senders, RECEIVERS=receivers))
+            announcers = receivers or senders
+            shared = shared_bytes(operation, shape, engine.warps(threads), announcers)
+            parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes))
+            jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
     plan = Plan(shape, {}, {})
     for i in range(len(order)):
         operation, phase = key = order[(i + rank) % len(order)]
         kernel, blocks, threads, shared, parameters = jobs[key]
-        getattr(plan, operation)[phase] = engine.kernel(kernel, blocks, threads, shared, **parameters)
+        getattr(plan, operation)[phase] = engine.kernel(kernel, blocks, threads, shared, overlap=True, **parameters)
     return plan
 
 

@@ -1,8 +1,9 @@
 """The oracle: what each operation must return, in plain NumPy over the inputs of all ranks at once.
 
 Nothing here is distributed or fast. Every argument and every result is a list indexed by rank, and a kernel is right
-when each rank's result equals the oracle's entry for that rank, bit for bit. To learn what dispatch and combine mean,
-read `places`, then the two functions that use it.
+when each rank's result equals the oracle's entry for that rank, bit for bit. To learn what dispatch means, read
+`places`, then `expert_major` and `rank_major`, its two layouts. The three combines are the three recipes of the way
+back. `quantize` is FP8.
 
 Notation: R ranks, E experts, L = E / R experts per rank (expert e is local expert e % L of rank e // L), T_r tokens of
 rank r, M the most tokens any rank may dispatch, K top-k, H hidden. A *selection* is one entry (source rank, token, k)
@@ -12,24 +13,35 @@ of `topk_idx`; the entry -1 selects nothing.
 from typing import NamedTuple
 
 import numpy as np
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
+
+BLOCK = 128  # consecutive values of a token that share an FP8 scale
+E4M3_MAX = np.float32(448)
+LEAST_AMAX = np.float32(1e-4)  # so that a block of zeros has a scale to divide by
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who gets what
 
 
-class Dispatched(NamedTuple):
-    """What one rank holds after `low_latency_dispatch`.
+def owners(topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
+    """The rank that every selection goes to, and which of that rank's local experts it names.
 
-    Only the first recv_count[e] rows of expert e are specified. The oracle leaves the others 0 in recv_x and -1 in
-    src_info.
+    topk_idx: list of [T_r, K] int. Returns a list of pairs (rank, expert) of [T_r, K] int arrays, -1 in both where
+    topk_idx is -1. ValueError for a routing that cannot be.
     """
-
-    recv_x: np.ndarray  # [L, R*M, H] bf16: the tokens of each local expert, packed
-    recv_count: np.ndarray  # [L] int32: how many rows of each local expert are valid
-    src_info: np.ndarray  # [L, R*M] int32: the source token (its index on its own rank) of each row
-    layout_range: np.ndarray  # [L, R] int64: (begin << 32) | count of the rows that came from each source rank
+    num_ranks, most = len(topk_idx), max(len(idx) for idx in topk_idx)
+    if num_experts % num_ranks:
+        raise ValueError(f"{num_experts} experts do not divide among {num_ranks} ranks")
+    if most > num_max_dispatch_tokens_per_rank:
+        raise ValueError(f"a rank has {most} tokens, at most {num_max_dispatch_tokens_per_rank} are allowed")
+    if any(np.any((idx < -1) | (idx >= num_experts)) for idx in topk_idx):
+        raise ValueError(f"topk_idx must lie in -1..{num_experts - 1}")
+    experts_per_rank = num_experts // num_ranks
+    return [tuple(np.where(idx < 0, -1, part) for part in np.divmod(idx, experts_per_rank)) for idx in topk_idx]
 
 
 def places(topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
-    """Where every selection lands: the one rule that dispatch and combine share.
+    """Where every selection lands in the expert-major layout: the one rule that its dispatch and its combines share.
 
     Selection (t, k) of source rank s is row `row[t, k]` of local expert `expert[t, k]` on rank `rank[t, k]`, where
     (rank, expert, row) = places(...)[s]. The rows of an expert are in (source rank, source token, k) order without
@@ -37,35 +49,70 @@ def places(topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
 
     topk_idx: list of [T_r, K] int. Returns a list of three [T_r, K] int arrays, -1 in all three where topk_idx is -1.
     """
-    num_ranks, capacity = len(topk_idx), len(topk_idx) * num_max_dispatch_tokens_per_rank
-    tokens = [len(idx) for idx in topk_idx]
+    owned = owners(topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
     selected = np.concatenate(topk_idx)  # [sum of T_r, K]: in C order, this is (source rank, source token, k) order
-    if num_experts % num_ranks:
-        raise ValueError(f"{num_experts} experts do not divide among {num_ranks} ranks")
-    if max(tokens) > num_max_dispatch_tokens_per_rank:
-        raise ValueError(f"a rank has {max(tokens)} tokens, at most {num_max_dispatch_tokens_per_rank} are allowed")
-    if np.any((selected < -1) | (selected >= num_experts)):
-        raise ValueError(f"topk_idx must lie in -1..{num_experts - 1}")
-
     row = np.full(selected.shape, -1)
     for e in range(num_experts):
         names_e = selected == e
         row[names_e] = np.arange(names_e.sum())  # a boolean mask is filled in C order
+    capacity = len(topk_idx) * num_max_dispatch_tokens_per_rank
     if np.any(row >= capacity):  # distinct experts per token always fit, repeated ones may not
         raise ValueError(f"an expert was selected {row.max() + 1} times, it has room for {capacity} rows")
-
-    experts_per_rank = num_experts // num_ranks
-    rank = np.where(selected < 0, -1, selected // experts_per_rank)
-    expert = np.where(selected < 0, -1, selected % experts_per_rank)
-    starts = np.cumsum(tokens)[:-1]
-    return list(zip(*(np.split(part, starts) for part in (rank, expert, row))))
+    starts = np.cumsum([len(idx) for idx in topk_idx])[:-1]
+    return [(*pair, rows) for pair, rows in zip(owned, np.split(row, starts))]
 
 
-def low_latency_dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
-    """Copy every token to each expert that it selects.
+def tokens_for(rank, destination):
+    """The tokens that select at least one expert of rank `destination`, each once, in order.
 
-    x: list of [T_r, H] bf16. topk_idx: list of [T_r, K] int. Returns a list of `Dispatched`.
+    In the rank-major layout, the i-th of them is row i of what `destination` has from this source.
+
+    rank: [T, K] int, of `owners`. Returns an int array.
     """
+    return np.flatnonzero((rank == destination).any(axis=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dispatch
+
+
+class Dispatched(NamedTuple):
+    """What one rank holds after `low_latency_dispatch`: G groups with room for N rows each.
+
+    A group is a local expert (expert-major, [G, N] = [L, R*M]) or a source rank (rank-major, [G, N] = [R, M]). Of
+    recv_x and src_info, only the first recv_count[g] rows of group g are specified. The oracle leaves the others 0 in
+    recv_x and -1 in src_info.
+    """
+
+    recv_x: np.ndarray | tuple  # [G, N, H] bf16: the tokens of each group, packed; with FP8 the pair that `to_fp8` makes
+    recv_count: np.ndarray  # [G] int32: how many rows of each group are valid
+    src_info: np.ndarray  # [G, N] int32: the source token (its index on its own rank) of each row
+    layout_range: np.ndarray  # [L, R] or [R] int64: (begin << 32) | count of the rows that came from each source rank
+    recv_topk_idx: np.ndarray | None = None  # rank-major: [R, M, K] int64, the local experts of each row, else -1
+    recv_topk_weights: np.ndarray | None = None  # rank-major, if weights were given: [R, M, K] fp32, 0 beside a -1
+
+
+def low_latency_dispatch(
+    x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, topk_weights=None, use_fp8=False, round_scale=False,
+    use_ue8m0=False, output_layout="expert_major"
+):
+    """Copy every token to each expert that it selects (expert-major) or to each rank that owns one (rank-major).
+
+    x: list of [T_r, H] bf16. topk_idx: list of [T_r, K] int. topk_weights: None or list of [T_r, K] fp32; they show in
+    the rank-major layout only, but with them an expert-major dispatch is followed by `low_latency_combine_reduced`
+    instead of `low_latency_combine`. use_fp8, round_scale, use_ue8m0: see `to_fp8`. Returns a list of `Dispatched`.
+    """
+    if output_layout == "expert_major":
+        received = expert_major(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+    elif output_layout == "rank_major":
+        received = rank_major(x, topk_idx, topk_weights, num_max_dispatch_tokens_per_rank, num_experts)
+    else:
+        raise ValueError(f"output_layout is {output_layout!r}; expected 'expert_major' or 'rank_major'")
+    return [to_fp8(got, round_scale, use_ue8m0) for got in received] if use_fp8 else received
+
+
+def expert_major(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
+    """A dispatch of bf16 to the rows that `places` names. Returns a list of `Dispatched`."""
     R, L, H = len(x), num_experts // len(x), x[0].shape[1]
     rows = R * num_max_dispatch_tokens_per_rank
     received = [
@@ -91,6 +138,42 @@ def low_latency_dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_expe
     return received
 
 
+def rank_major(x, topk_idx, topk_weights, num_max_dispatch_tokens_per_rank, num_experts):
+    """A dispatch of bf16 that copies every token once to each rank of `tokens_for`, with its selections there.
+
+    What is selected of other ranks reads -1 in recv_topk_idx. Returns a list of `Dispatched`.
+    """
+    R, M, K, H = len(x), num_max_dispatch_tokens_per_rank, topk_idx[0].shape[1], x[0].shape[1]
+    received = [
+        Dispatched(
+            recv_x=np.zeros((R, M, H), bfloat16),
+            recv_count=np.zeros(R, np.int32),
+            src_info=np.full((R, M), -1, np.int32),
+            layout_range=np.zeros(R, np.int64),
+            recv_topk_idx=np.full((R, M, K), -1, np.int64),
+            recv_topk_weights=None if topk_weights is None else np.zeros((R, M, K), np.float32),
+        )
+        for _ in range(R)
+    ]
+    for source, (rank, expert) in enumerate(owners(topk_idx, M, num_experts)):
+        for destination, got in enumerate(received):
+            token = tokens_for(rank, destination)
+            count = len(token)
+            here = rank[token] == destination  # [count, K]
+            got.recv_x[source, :count] = x[source][token]
+            got.recv_count[source] = count
+            got.src_info[source, :count] = token
+            got.layout_range[source] = (source * M << 32) | count  # rows counted over all sources
+            got.recv_topk_idx[source, :count] = np.where(here, expert[token], -1)
+            if topk_weights is not None:
+                got.recv_topk_weights[source, :count] = np.where(here, topk_weights[source][token], 0)
+    return received
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Combine
+
+
 def low_latency_combine(y, topk_idx, topk_weights, num_max_dispatch_tokens_per_rank, num_experts):
     """Bring the experts' outputs back to the tokens and sum them, weighted (the direct recipe).
 
@@ -100,19 +183,139 @@ def low_latency_combine(y, topk_idx, topk_weights, num_max_dispatch_tokens_per_r
     y: list of [L, R*M, H] bf16, in the row order of dispatch. topk_idx: list of [T_r, K] int. topk_weights: list of
     [T_r, K] fp32. Returns a list of [T_r, H] bf16.
     """
+    all_places = places(topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
+    everywhere = range(len(y))
+    return [to_bf16(weighted_sum(y, place, w, everywhere)) for place, w in zip(all_places, topk_weights)]
+
+
+def low_latency_combine_reduced(y, topk_idx, topk_weights, num_max_dispatch_tokens_per_rank, num_experts):
+    """The same with a sum on the experts' rank first, so that one row comes back from each rank (rank-reduced).
+
+    p[r, t] = bf16(sum over those k, in order, whose expert is on rank r, of w[t, k] * y[t, k]), as the direct recipe
+    sums; out[t] = bf16(sum of p[r, t] in rank order), fp32 additions from +0.0. A rank that t selects nothing of is
+    left out, or adds p = +0.0 as here: that is the same, since a sum that begins with +0.0 is never -0.0.
+
+    topk_idx, topk_weights: those of the dispatch. Arguments and result as of `low_latency_combine`.
+    """
     combined = []
     all_places = places(topk_idx, num_max_dispatch_tokens_per_rank, num_experts)
-    for (rank, expert, row), weights in zip(all_places, topk_weights):
-        tokens, top_k = rank.shape
-        total = np.zeros((tokens, y[0].shape[2]), np.float32)
-        for k in range(top_k):
-            for destination in range(len(y)):  # each token meets at most one of them, so k alone orders the sum
-                (t,) = np.nonzero(rank[:, k] == destination)
-                output = y[destination][expert[t, k], row[t, k]]
-                total[t] = fma32(weights[t, k, None], output, total[t])
-        with np.errstate(all="ignore"):  # NaN and overflow to infinity are results, not accidents
-            combined.append(total.astype(bfloat16))
+    for place, weights in zip(all_places, topk_weights):
+        partial = [to_bf16(weighted_sum(y, place, weights, [r])) for r in range(len(y))]
+        total = np.zeros(partial[0].shape, np.float32)
+        with np.errstate(all="ignore"):
+            for p in partial:
+                total += p.astype(np.float32)
+        combined.append(to_bf16(total))
     return combined
+
+
+def low_latency_combine_rank_major(y, topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
+    """Bring back what each rank made of a token, and sum it.
+
+    out[t] = bf16(sum over the ranks that t went to, in rank order, of y), fp32 additions from +0.0. The rank has
+    already weighted and summed the outputs of its experts.
+
+    y: list of [R, M, H] bf16; row (s, i) belongs to row (s, i) of the rank-major recv_x. topk_idx: list of [T_r, K]
+    int. Returns a list of [T_r, H] bf16.
+    """
+    combined = []
+    for source, (rank, _) in enumerate(owners(topk_idx, num_max_dispatch_tokens_per_rank, num_experts)):
+        total = np.zeros((len(rank), y[0].shape[2]), np.float32)
+        for destination in range(len(y)):
+            token = tokens_for(rank, destination)
+            with np.errstate(all="ignore"):
+                total[token] += y[destination][source, : len(token)].astype(np.float32)
+        combined.append(to_bf16(total))
+    return combined
+
+
+def weighted_sum(y, place, weights, ranks):
+    """The sum over k, in order, of w[t, k] * y[t, k], over selections of experts on `ranks`: fp32 fma from +0.0.
+
+    y: list of [L, R*M, H] bf16. place: (rank, expert, row) of one source, of `places`. weights: [T, K] fp32. Returns
+    [T, H] fp32.
+    """
+    rank, expert, row = place
+    total = np.zeros((len(rank), y[0].shape[2]), np.float32)
+    for k in range(rank.shape[1]):
+        for r in ranks:  # (t, k) meets at most one of them, so k alone orders the sum
+            t = np.flatnonzero(rank[:, k] == r)
+            total[t] = fma32(weights[t, k, None], y[r][expert[t, k], row[t, k]], total[t])
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FP8
+
+
+def quantize(x, round_scale=False):
+    """A token as 8-bit floats, each block of 128 values with a scale of its own: x is about data * scale.
+
+    amax = max(|x|, 1e-4) of the block, NaNs apart; scale = amax / 448; data = e4m3(x * (448 / amax)); each operation
+    rounds to fp32. round_scale: the scale is rounded up to a power of two, and data = e4m3(x * (1 / scale)). A block
+    with an infinity has scale = infinity, and data = NaN for the infinities, 0 for what is finite.
+
+    x: [..., H] bf16, H a multiple of 128. Returns (data [..., H] float8_e4m3fn, scales [..., H/128] fp32).
+    """
+    if x.shape[-1] % BLOCK:
+        raise ValueError(f"hidden is {x.shape[-1]}; FP8 needs a multiple of {BLOCK}")
+    with np.errstate(all="ignore"):
+        blocks = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+        amax = np.fmax.reduce(np.abs(blocks), axis=-1, keepdims=True, initial=LEAST_AMAX)
+        scale, factor = amax / E4M3_MAX, E4M3_MAX / amax
+        if round_scale:
+            # fp32 bits are sign, 8 bits of exponent, 23 of mantissa. Adding 23 ones carries into the exponent unless
+            # the mantissa is 0, that is, unless this is a power of two already. Infinity stays what it is.
+            scale = ((scale.view(np.int32) + 0x7FFFFF) & 0x7F800000).view(np.float32)
+            factor = 1 / scale
+        return to_e4m3(blocks * factor).reshape(x.shape), scale[..., 0]
+
+
+def to_e4m3(values):
+    """fp32 to float8_e4m3fn: to nearest even, saturating at +-448 (infinities too); every NaN is the byte 0x7f."""
+    with np.errstate(all="ignore"):
+        clipped = np.clip(values, -E4M3_MAX, E4M3_MAX)  # ml_dtypes makes NaNs of what is too large
+        return np.where(np.isnan(values), np.float32(np.nan), clipped).astype(float8_e4m3fn)
+
+
+def pack_ue8m0(scales):
+    """Scales that are powers of two, as their 8-bit biased exponents; four consecutive ones make an int32.
+
+    scales: [..., H/128] fp32, H a multiple of 512. Returns [..., H/512] int32, the first block in the lowest byte.
+    """
+    if scales.shape[-1] % 4:
+        raise ValueError(f"hidden is {scales.shape[-1] * BLOCK}; use_ue8m0 needs a multiple of {4 * BLOCK}")
+    exponents = np.ascontiguousarray(scales).view(np.uint32) >> 23
+    return exponents.astype(np.uint8).view("<i4")
+
+
+def to_fp8(got, round_scale, use_ue8m0):
+    """A `Dispatched` of bf16 as one of FP8: recv_x becomes the pair (data, scales).
+
+    data: [G, N, H] e4m3. scales: [G, N, H/128] fp32 or, with use_ue8m0, [G, N, H/512] int32; column-major, that is, a
+    view with its last two axes swapped of a contiguous [G, H/128, N], which is how DeepEP hands them to TMA.
+    """
+    if use_ue8m0 and not round_scale:
+        raise ValueError("use_ue8m0 needs round_scale: only the exponent of a scale is kept")
+    valid = got.src_info >= 0
+    data, scales = quantize(got.recv_x[valid], round_scale)  # per token, so before or after it travels is the same
+    if use_ue8m0:
+        scales = pack_ue8m0(scales)
+    (groups, rows), columns = valid.shape, scales.shape[1]
+    recv_data = np.zeros(got.recv_x.shape, float8_e4m3fn)
+    recv_scales = np.zeros((groups, columns, rows), scales.dtype).swapaxes(1, 2)
+    recv_data[valid], recv_scales[valid] = data, scales
+    return got._replace(recv_x=(recv_data, recv_scales))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def to_bf16(values):
+    """fp32 to bf16, to nearest even."""
+    with np.errstate(all="ignore"):  # NaN and overflow to infinity are results, not accidents
+        return values.astype(bfloat16)
 
 
 def fma32(a, b, c):

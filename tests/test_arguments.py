@@ -11,6 +11,7 @@ from engine import down, make_buffer, on_gpu, up
 from ml_dtypes import bfloat16
 
 from pyep import Buffer, EPBufferTooSmallError, EPClosedError, EPRoutingError, EPTransportError, reference
+from pyep.config import Config
 
 T, M, H, E, K = 5, 8, 64, 4, 3  # tokens, and a shape whose kernels test_low_latency.py compiles too; E: of one rank
 CASE = Case(1, M, H, E, K, (T,))
@@ -20,6 +21,11 @@ SMALL = Case(3, 1, 8, 1, 1, (1,))
 
 def zeros(*shape, dtype=bfloat16):
     return up(np.zeros(shape, dtype))
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
 
 
 def accepted(case, buf):
@@ -194,23 +200,44 @@ DISPATCH = {
     "E 0": (lambda a: dict(num_experts=0), ValueError, "num_experts", "0", "multiple of the 1 ranks"),
     "E above what one rank can have": (lambda a: dict(num_experts=2048), ValueError,
                                        "num_experts", "2048", "at most 2047"),
-    "E a float": (lambda a: dict(num_experts=4.0), TypeError, "num_experts", "4.0"),
+    "E a float": (lambda a: dict(num_experts=4.5), TypeError, "num_experts", "4.5"),
     "out a list": (lambda a: dict(out=[1]), TypeError, "out", "list", "NumPy"),
     "out float32": (lambda a: dict(out=zeros(E, M, H, dtype="float32")), TypeError, "out", "float32", "bfloat16"),
     "out of another shape": (lambda a: dict(out=zeros(M, E, H)), ValueError, "out", "[8, 4, 64]", "[4, 8, 64]"),
     "out not contiguous": (lambda a: dict(out=zeros(E, M, 2 * H)[..., ::2]), ValueError, "out", "not contiguous"),
-    "use_fp8 by default": (lambda a: dict(use_fp8=True), NotImplementedError, "use_fp8=True", "use_fp8=False"),
-    "round_scale": (lambda a: dict(round_scale=True), NotImplementedError, "round_scale=True", "round_scale=False"),
-    "use_ue8m0": (lambda a: dict(use_ue8m0=True), NotImplementedError, "use_ue8m0=True", "use_ue8m0=False"),
-    "async_finish": (lambda a: dict(async_finish=True), NotImplementedError, "async_finish=True", "async_finish=False"),
-    "rank-major": (lambda a: dict(output_layout="rank_major"), NotImplementedError, "output_layout", "'rank_major'",
-                   "'expert_major'"),
-    "topk_weights": (lambda a: dict(topk_weights=zeros(T, K, dtype="float32")), NotImplementedError,
-                     "topk_weights", "None"),
-    "statistics": (lambda a: dict(cumulative_local_expert_recv_stats=zeros(E, dtype="int32")), NotImplementedError,
-                   "cumulative_local_expert_recv_stats", "None"),
-    "costs": (lambda a: dict(dispatch_wait_recv_cost_stats=zeros(1, dtype="int64")), NotImplementedError,
-              "dispatch_wait_recv_cost_stats", "None"),
+    "FP8 by default, hidden 64": (lambda a: dict(use_fp8=True), ValueError, "hidden", "64", "multiple of 128", "use_fp8=True"),
+    "UE8M0, hidden 128": (lambda a: dict(x=zeros(T, 128), use_fp8=True, round_scale=True, use_ue8m0=True), ValueError,
+                          "hidden", "128", "multiple of 512", "use_ue8m0=True"),
+    "UE8M0 without powers of two": (lambda a: dict(x=zeros(T, 512), use_fp8=True, use_ue8m0=True), ValueError,
+                                    "use_ue8m0=True", "round_scale=False", "round_scale=True"),
+    "round_scale of BF16": (lambda a: dict(round_scale=True), ValueError, "round_scale=True", "use_fp8=False", "use_fp8=True"),
+    "use_ue8m0 of BF16": (lambda a: dict(use_ue8m0=True), ValueError, "use_ue8m0=True", "use_fp8=False", "use_fp8=True"),
+    "out with FP8": (lambda a: dict(x=zeros(T, 128), use_fp8=True, out=zeros(E, M, 128)), ValueError,
+                     "out", "use_fp8=True", "None"),
+    "layout": (lambda a: dict(output_layout="token_major"), ValueError,
+               "output_layout", "'token_major'", "expert_major", "rank_major"),
+    "layout None": (lambda a: dict(output_layout=None), ValueError, "output_layout", "None", "expert_major", "rank_major"),
+    "out of the other layout": (lambda a: dict(output_layout="rank_major", out=zeros(E, M, H)), ValueError,
+                                "out", "[4, 8, 64]", "[1, 8, 64]"),
+    "weights a list": (lambda a: dict(topk_weights=[[1.0] * K] * T), TypeError, "topk_weights", "list", "NumPy"),
+    "weights float64": (lambda a: dict(topk_weights=zeros(T, K, dtype="float64")), TypeError,
+                        "topk_weights", "float64", "float32"),
+    "weights of another shape": (lambda a: dict(topk_weights=zeros(T, K + 1, dtype="float32")), ValueError,
+                                 "topk_weights", "[5, 4]", "[5, 3]"),
+    "statistics a list": (lambda a: dict(cumulative_local_expert_recv_stats=[0] * E), TypeError,
+                          "cumulative_local_expert_recv_stats", "list", "NumPy"),
+    "statistics int64": (lambda a: dict(cumulative_local_expert_recv_stats=zeros(E, dtype="int64")), TypeError,
+                         "cumulative_local_expert_recv_stats", "int64", "int32"),
+    "statistics of another shape": (lambda a: dict(cumulative_local_expert_recv_stats=zeros(E + 1, dtype="int32")), ValueError,
+                                    "cumulative_local_expert_recv_stats", "[5]", "[4]"),
+    "costs int32": (lambda a: dict(dispatch_wait_recv_cost_stats=zeros(1, dtype="int32")), TypeError,
+                    "dispatch_wait_recv_cost_stats", "int32", "int64"),
+    "costs of another shape": (lambda a: dict(dispatch_wait_recv_cost_stats=zeros(1, 1, dtype="int64")), ValueError,
+                               "dispatch_wait_recv_cost_stats", "[1, 1]", "[1]"),
+    "async_finish with a hook": (lambda a: dict(async_finish=True, return_recv_hook=True), ValueError,
+                                 "async_finish=True", "return_recv_hook=True", "at most one"),
+    "previous_event of another kind": (lambda a: dict(async_finish=True, previous_event=3), TypeError,
+                                       "previous_event", "int", "Buffer.capture"),
 }
 COMBINE = {
     "handle None": (lambda a: dict(handle=None), TypeError, "handle", "None", "low_latency_dispatch"),
@@ -235,12 +262,18 @@ COMBINE = {
                                  "topk_weights", "[15]", "[5, 3]"),
     "out float32": (lambda a: dict(out=zeros(T, H, dtype="float32")), TypeError, "out", "float32", "bfloat16"),
     "out of another shape": (lambda a: dict(out=zeros(M, H)), ValueError, "out", "[8, 64]", "[5, 64]"),
-    "zero_copy of another array": (lambda a: dict(zero_copy=True), ValueError, "zero_copy=True", "x",
-                                   "get_next_low_latency_combine_buffer"),
+    "zero_copy of no array": (lambda a: dict(zero_copy=True), ValueError, "zero_copy=True", "get_next_low_latency_combine_buffer"),
     "use_logfmt": (lambda a: dict(use_logfmt=True), NotImplementedError, "use_logfmt=True", "use_logfmt=False"),
-    "async_finish": (lambda a: dict(async_finish=True), NotImplementedError, "async_finish=True", "async_finish=False"),
-    "costs": (lambda a: dict(combine_wait_recv_cost_stats=zeros(1, dtype="int64")), NotImplementedError,
-              "combine_wait_recv_cost_stats", "None"),
+    "costs int32": (lambda a: dict(combine_wait_recv_cost_stats=zeros(1, dtype="int32")), TypeError,
+                    "combine_wait_recv_cost_stats", "int32", "int64"),
+    "costs of another shape": (lambda a: dict(combine_wait_recv_cost_stats=zeros(2, dtype="int64")), ValueError,
+                               "combine_wait_recv_cost_stats", "[2]", "[1]"),
+    "async_finish with a hook": (lambda a: dict(async_finish=True, return_recv_hook=True), ValueError,
+                                 "async_finish=True", "return_recv_hook=True", "at most one"),
+    "previous_event of another kind": (lambda a: dict(previous_event=object()), TypeError,
+                                       "previous_event", "object", "Buffer.capture"),
+    "previous_event without out": (lambda a: dict(async_finish=True, previous_event=Buffer.capture()), ValueError,
+                                   "out is None", "async_finish=True", "previous_event"),
 }
 if on_gpu():  # there only the kernel sees the values of topk_idx
     DISPATCH |= {
@@ -252,6 +285,8 @@ else:
     DISPATCH |= {
         "expert E": (lambda a: dict(topk_idx=a["topk_idx"] + 1), ValueError, "topk_idx", "1 to 4", "-1 to 3"),
         "expert -2": (lambda a: dict(topk_idx=a["topk_idx"] - 2), ValueError, "topk_idx", "-2 to 1", "-1 to 3"),
+        "statistics read-only": (lambda a: dict(cumulative_local_expert_recv_stats=read_only(zeros(E, dtype="int32"))), ValueError,
+                                 "cumulative_local_expert_recv_stats", "read-only"),
     }
 OPERATIONS = dict(low_latency_dispatch=DISPATCH, low_latency_combine=COMBINE)
 
@@ -273,6 +308,21 @@ def test_dispatch(wrong):
 @pytest.mark.parametrize("wrong", COMBINE)
 def test_combine(wrong):
     ranks.run(1, operate_wrongly, "low_latency_combine", wrong)
+
+
+def combine_wrongly_reduced(comm):
+    x, topk_idx, topk_weights, y = (up(of_all[0]) for of_all in CASE.make())
+    with make_buffer(comm, M, H, E, K) as buf:
+        got = buf.low_latency_dispatch(x, topk_idx, M, E, use_fp8=False, topk_weights=topk_weights, output_layout="rank_major")
+        with rejected(ValueError, "x", "[4, 8, 64]", "[1, 8, 64]"):
+            buf.low_latency_combine(y, None, None, got.handle)
+        out, _, _ = buf.low_latency_combine(got.recv_x, "not", "looked at", got.handle)
+        assert out.shape == (T, H)
+
+
+def test_combine_of_the_rank_major_layout():
+    """Its outputs have another shape; indices and weights are not looked at."""
+    ranks.run(1, combine_wrongly_reduced)
 
 
 def ask_for_combine_buffer(comm):
@@ -320,6 +370,52 @@ def disagree_on_the_shape(comm):
 def test_ranks_disagree_on_the_shape():
     """Every rank hears of it, and none waits for another."""
     assert max(ranks.run(2, disagree_on_the_shape)) < 5
+
+
+# ---- queries and settings --------------------------------------------------------------------------------------------
+
+def ask_wrongly(comm):
+    with make_buffer(comm, M, H, E, K) as buf:
+        for call in (lambda: buf.low_latency_update_mask_buffer(0, True), buf.low_latency_clean_mask_buffer,
+                     lambda: buf.low_latency_query_mask_buffer(zeros(1, dtype="int32"))):
+            with rejected(NotImplementedError, "enable_shrink=True", "EPTimeoutError"):
+                call()
+        with rejected(NotImplementedError, "use_rdma_buffer=False", "use_rdma_buffer=True"):
+            buf.get_local_buffer_tensor("uint8")
+        for offset in (-8, 4, 2**40):
+            with rejected(ValueError, "offset", str(offset), "multiple of 8"):
+                buf.get_local_buffer_tensor("int64", offset=offset, use_rdma_buffer=True)
+        with rejected(ValueError, "size", f"[{2**30}, 2]", "room"):
+            buf.get_local_buffer_tensor("int64", (2**30, 2), use_rdma_buffer=True)
+        run_round(buf, CASE)
+
+
+def test_queries():
+    ranks.run(1, ask_wrongly)
+
+
+# What is wrong: (the call, error, words in its message).
+SETTINGS = {
+    "odd SMs": (lambda: Buffer.set_num_sms(3), ValueError, "num_sms", "3", "even"),
+    "no SMs": (lambda: Buffer.set_num_sms(0), ValueError, "num_sms", "0", "at least 2"),
+    "SMs a string": (lambda: Buffer.set_num_sms("20"), ValueError, "num_sms", "'20'", "even"),
+    "no ranks": (lambda: Buffer.get_dispatch_config(0), ValueError, "num_ranks", "0", "at least 1"),
+    "ranks a float": (lambda: Buffer.get_combine_config(8.0), ValueError, "num_ranks", "8.0", "int"),
+    "config of a float": (lambda: Config(20, 6.5), TypeError, "num_max_nvl_chunked_send_tokens", "6.5", "int"),
+    "config of nothing": (lambda: Config(20, 6, 0), ValueError, "num_max_nvl_chunked_recv_tokens", "0", "at least 1"),
+    "NVLink hint": (lambda: Config().get_nvl_buffer_size_hint(14336, 8), NotImplementedError,
+                    "get_nvl_buffer_size_hint", "high-throughput", "get_low_latency_rdma_size_hint"),
+    "RDMA hint": (lambda: Config().get_rdma_buffer_size_hint(14336, 16), NotImplementedError,
+                  "get_rdma_buffer_size_hint", "high-throughput", "get_low_latency_rdma_size_hint"),
+    "event of a list": (lambda: Buffer.capture([1]), TypeError, "like", "list", "NumPy"),
+}
+
+
+@pytest.mark.parametrize("wrong", SETTINGS)
+def test_settings(wrong):
+    call, error, *words = SETTINGS[wrong]
+    with rejected(error, *words):
+        call()
 
 
 # ---- what only a kernel can see --------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """What only GPUs have: graphs, streams, several ranks on one GPU, errors that arrive late."""
+import time
+
 import pytest
 import ranks
 from case import Case, assert_dispatched, assert_same, run_round
@@ -22,16 +24,22 @@ def buffer_for(comm):
     return make_buffer(comm, SHAPE[0], SHAPE[1], SHAPE[2] * comm.size, SHAPE[3])
 
 
-def replay_graph(comm, replays):
-    """One captured pair, replayed with other tokens and other routing, eager pairs in between."""
+def replay_graph(comm, replays, async_finish):
+    """One captured pair, replayed with other tokens and other routing, eager pairs in between.
+
+    With async_finish the communication stream joins the capture when it waits for the captured one, and leaves it when that one
+    waits for the event.
+    """
     import cupy
     with buffer_for(comm) as buf, cupy.cuda.Stream(non_blocking=True) as stream:
         me, case = comm.rank, made(comm, 0)
         x, idx, w, y = (up(a[me]) for a in case.make())
         run_round(buf, case)                                     # compiles: that cannot be captured
         stream.begin_capture()
-        got = buf.low_latency_dispatch(x, idx, case.max_tokens, case.experts, use_fp8=False)
-        combined, _, _ = buf.low_latency_combine(y, idx, w, got.handle)
+        got = buf.low_latency_dispatch(x, idx, case.max_tokens, case.experts, use_fp8=False, async_finish=async_finish)
+        got.event.current_stream_wait()
+        combined, event, _ = buf.low_latency_combine(y, idx, w, got.handle, async_finish=async_finish)
+        event.current_stream_wait()
         graph = stream.end_capture()
         for seed in range(replays):
             x_all, idx_all, w_all, y_all = case_inputs = made(comm, seed).make()
@@ -44,11 +52,17 @@ def replay_graph(comm, replays):
             assert_same(down(combined), want, f"replay {seed}")
             if seed % 3 == 0:
                 run_round(buf, made(comm, seed, "sparse"), hooks=(seed % 2 == 0, seed % 4 == 0))
+            if seed % 3 == 1:
+                eager = buf.low_latency_dispatch(x, idx, case.max_tokens, case.experts, use_fp8=False, async_finish=True)
+                out, event, _ = buf.low_latency_combine(y, idx, w, eager.handle, async_finish=True)
+                event.synchronize()
+                assert_same(down(out), want, f"eager, after replay {seed}")
 
 
 @pytest.mark.multi_gpu
-def test_graph_replays():
-    ranks.run(2, replay_graph, 40)
+@pytest.mark.parametrize("async_finish", [False, True])
+def test_graph_replays(async_finish):
+    ranks.run(2, replay_graph, 40, async_finish)
 
 
 def many_replays(comm, replays):
@@ -76,18 +90,105 @@ def test_thousands_of_replays():
     ranks.run(2, many_replays, 5000)
 
 
+SPIN = r"""
+extern "C" __global__ void spin(long long ns) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - start < ns);
+}"""
+
+
+def wait_for_an_event(comm):
+    """With async_finish an operation waits for the current stream; with previous_event for no more than that covers."""
+    import cupy
+    with buffer_for(comm) as buf, cupy.cuda.Stream(non_blocking=True) as stream:
+        case, spin = made(comm, 4), cupy.RawKernel(SPIN, "spin")
+        run_round(buf, case)
+        all_x, all_idx, _, _ = case.make()
+        x, idx = up(all_x[comm.rank]), up(all_idx[comm.rank])
+        spin((1,), (1,), (0,))                                   # compiles
+        stream.synchronize()
+        before = buf.capture()
+        for previous_event in before, None:
+            spin((1,), (1,), (300_000_000,))
+            got = buf.low_latency_dispatch(x, idx, case.max_tokens, case.experts, use_fp8=False, async_finish=True,
+                                           previous_event=previous_event)
+            got.event.synchronize()
+            assert stream.done == (previous_event is None)
+            stream.synchronize()
+            assert_dispatched(got, reference.low_latency_dispatch(all_x, all_idx, case.max_tokens, case.experts)[comm.rank])
+
+
+def test_previous_event():
+    ranks.run(1, wait_for_an_event)
+
+
+def go_on_meanwhile(comm):
+    """Rank 1 comes late.  Meanwhile the caller's stream of rank 0 goes on, until it is told to wait."""
+    import cupy
+    with buffer_for(comm) as buf, cupy.cuda.Stream(non_blocking=True) as stream:
+        case = made(comm, 5)
+        run_round(buf, case)
+        all_x, all_idx, all_w, all_y = case.make()
+        x, idx, w, y = (up(a[comm.rank]) for a in (all_x, all_idx, all_w, all_y))
+        all_later = made(comm, 6).make()[3]
+        later = up(all_later[comm.rank])
+        stream.synchronize()
+        comm.Barrier()
+        if comm.rank == 1:
+            time.sleep(0.5)
+        got = buf.low_latency_dispatch(x, idx, case.max_tokens, case.experts, use_fp8=False, async_finish=True)
+        stream.synchronize()
+        if comm.rank == 0:
+            assert not got.event.event.is_done
+        with got.event:
+            y[:] = later
+            stream.synchronize()
+            if comm.rank == 0:
+                assert not got.event.event.is_done
+        stream.synchronize()
+        assert got.event.event.is_done
+        assert_dispatched(got, reference.low_latency_dispatch(all_x, all_idx, case.max_tokens, case.experts)[comm.rank])
+        combined, event, _ = buf.low_latency_combine(y, idx, w, got.handle, async_finish=True)
+        event.current_stream_wait()
+        want = reference.low_latency_combine(all_later, all_idx, all_w, case.max_tokens, case.experts)[comm.rank]
+        assert_same(down(combined), want, "combined_x")          # `down` copies on the caller's stream
+
+
+@pytest.mark.multi_gpu
+def test_the_callers_stream_goes_on():
+    ranks.run(2, go_on_meanwhile)
+
+
+def stream_of_cupy(comm):
+    import cupy
+    with buffer_for(comm) as buf:
+        stream = buf.get_comm_stream()
+        assert isinstance(stream, cupy.cuda.ExternalStream) and stream.priority < 0
+        with stream:                                             # also when it is the caller's
+            run_round(buf, made(comm, 6))
+            got = buf.low_latency_dispatch(*(up(a[0]) for a in made(comm, 6).make()[:2]), SHAPE[0], SHAPE[2], async_finish=True)
+            got.event.current_stream_wait()
+            assert_same(down(got.recv_count), made(comm, 6).dispatched(*made(comm, 6).make()[:3])[0].recv_count, "recv_count")
+
+
+def test_comm_stream():
+    ranks.run(1, stream_of_cupy)
+
+
 def shared_gpu(comm):
     import cupy
     with make_buffer(comm, 4, 64, 2 * comm.size, 2) as buf:
         assert buf.get_local_device_id() == cupy.cuda.Device().id
         run_round(buf, Case(5, 4, 64, 2 * comm.size, 2, (4, 0, 3)[:comm.size]))
         run_round(buf, Case(6, 4, 64, 2 * comm.size, 2, (1, 4, 2)[:comm.size]), hooks=(True, True))
+    return "done"
 
 
 def test_ranks_that_share_one_gpu():
     """Two processes on one GPU take turns; everything still ends."""
     done = ranks.launch(2, shared_gpu, env={"CUDA_VISIBLE_DEVICES": "0"}, timeout=200)
-    assert not done.errors, done.errors
+    assert done.results == ["done"] * 2, done.stderr
 
 
 def bad_expert(comm):

@@ -1,6 +1,7 @@
 """Every op of the kernel language on the CPU engine, against Python and NumPy.
 
-A kernel below gathers what several ops do in an output array, and runs in a narrow shape (one thread) and in wide ones.
+A kernel below gathers what several ops do in an output array, and runs in a narrow shape (one thread) and in wide ones;
+those that only compute or copy also run on a GPU, where the tests are meant to use one.
 """
 import functools
 import os
@@ -8,22 +9,25 @@ import subprocess
 import sys
 import time
 from types import FunctionType
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 
 from pyep import layout, reference
 from pyep.channels.memory import LAST_EPOCH, next_epoch, previous_epoch, reached
 from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
-from pyep.kernels.lang import (absence, absent, add8_release, ballot, block_rank, clock_ns, f32_of, fetch_add8, fma8, lane,
-                               ld4_nc, ld8, ld8_acquire, ld8_nc, ld8_relaxed, ld8_shared, ld16, ld16_nc, ld16_nc_if,
-                               ld16_relaxed, ld16_relaxed_if, lowest_bit, num_blocks, num_threads, pause, popc, present,
-                               shared, shfl, st4, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, swap8_if,
-                               syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, udiv, umod, warp_size, zeros)
+from pyep.kernels.lang import (absence, absent, add4, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns, div,
+                               f32_of, fetch_add8, fma8, high8, lane, ld4_nc, ld4_nc_if, ld4_shared, ld8, ld8_acquire, ld8_nc,
+                               ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_nc, ld16_nc_if, ld16_relaxed,
+                               ld16_relaxed_if, low8, lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, popc,
+                               present, previous_kernel_done, shared, shfl, shfl_xor, st4, st4_relaxed, st4_shared, st8,
+                               st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, swap8_if, syncthreads, syncthreads_or,
+                               syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -31,33 +35,59 @@ pytestmark = pytest.mark.timeout(120, method="thread")
 
 OPS = {name: op for name, op in vars(lang).items() if isinstance(op, Op)}
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
-BAD_ADDRESS = 16                                    # in the page that is never mapped
+FAR = 2**55                                         # from any memory: no CPU and no GPU has addresses that high
 PATIENCE = 20 * 10**9                               # ns after which a waiting kernel of this file gives up
+
+
+class Gpu(NamedTuple):
+    """A GPU as a machine of this file."""
+
+    threads: int = 64
+    warp: int = 32
+
 
 # Shapes: (blocks, machine).
 NARROW, NARROW_PAIR, WIDE, ODD = (1, Cpu(1, 1)), (2, Cpu(1, 1)), (2, Cpu(8, 4)), (3, Cpu(6, 2))
 FULL_WARP = (1, Cpu(32, 32))
+ON_GPU = (2, Gpu())
 
 
 def shapes(*chosen):
     """Run a test in each of these shapes."""
-    return pytest.mark.parametrize("shape", chosen, ids=[f"{blocks},{m.threads},{m.warp}" for blocks, m in chosen])
+    def case(shape):
+        blocks, (threads, warp) = shape
+        if shape is ON_GPU:
+            return pytest.param(shape, id="gpu", marks=pytest.mark.gpu)
+        return pytest.param(shape, id=f"{blocks},{threads},{warp}")
+    return pytest.mark.parametrize("shape", [case(shape) for shape in chosen])
 
 
 one_or_many = shapes(NARROW, WIDE)
+everywhere = shapes(NARROW, WIDE, ON_GPU)
 
 
 # ---- how kernels are run ---------------------------------------------------------------------------------------------
 
 @functools.cache
 def compiled(kernel, blocks, machine, shared_bytes):
+    if isinstance(machine, Gpu):
+        from pyep.kernels.cuda import CudaEngine
+        return CudaEngine(0).kernel(kernel, blocks, machine.threads, shared_bytes)
     return CpuKernel(kernel, blocks, machine, shared_bytes, {})
 
 
 def run(kernel, shape, *args, shared_bytes=0):
-    """Run a kernel to its end; an array among the arguments is passed as its address."""
-    addresses = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in args]
-    compiled(kernel, *shape, shared_bytes).launch(0, *addresses)
+    """Run a kernel to its end; an array among the arguments is passed as its address, on a GPU as that of its copy there."""
+    launch = compiled(kernel, *shape, shared_bytes).launch
+    if shape is not ON_GPU:
+        launch(0, *[a.ctypes.data if isinstance(a, np.ndarray) else a for a in args])
+        return
+    import cupy
+    copies = [cupy.asarray(a) if isinstance(a, np.ndarray) else a for a in args]
+    launch(0, *[a.data.ptr if isinstance(a, cupy.ndarray) else a for a in copies])
+    for array, copy in zip(args, copies):
+        if isinstance(array, np.ndarray):
+            array[...] = copy.get()
 
 
 def threads_of(shape):
@@ -147,7 +177,7 @@ NATURAL = st.integers(0, 2**63 - 1) | st.integers(0, 300)
 WORD = st.integers(-2**63, 2**63 - 1) | st.integers(0, 63).map(lambda k: (1 << k) - (1 << 64) * (k == 63))
 
 
-@one_or_many
+@everywhere
 @given(st.lists(st.tuples(NATURAL, NATURAL.map(lambda y: max(y, 1)), WORD), min_size=1, max_size=40))
 @example([(0, 1, 0), (2**63 - 1, 1, -1), (2**63 - 1, 2**63 - 1, -2**63), (6, 7, 1)])
 @settings(max_examples=60, deadline=None)
@@ -175,9 +205,12 @@ def widths(source, target):
     st16(b + 80, ld16_nc(a + 80))
     st16(b + 96, ld16_relaxed(a + 96))
     st16_relaxed(b + 112, ld16(a + 112))
+    st4_relaxed(b + 132, ld8(a + 128))              # like st4
+    st8(b + 144, low8(ld16(a + 144)))
+    st8(b + 152, high8(ld16(a + 144)))
 
 
-@one_or_many
+@everywhere
 def test_widths(shape):
     for seed in range(20):
         source, target = random_words(seed, threads_of(shape), 32), memory(threads_of(shape), 32, fill=-7)
@@ -187,28 +220,35 @@ def test_widths(shape):
         expected[:, 2:4] = halves[:, 4:6]           # int32 into int64
         words[:, 9], words[:, 10] = halves[:, 8], halves[:, 10]
         expected[:, 6:16] = source[:, 6:16]
+        words[:, 33] = halves[:, 32]
+        expected[:, 18:20] = source[:, 18:20]
         run(widths, shape, source, target)
         np.testing.assert_array_equal(target, expected)
 
 
-def wanted_rows(addresses, wanted, n, out):
-    """16 bytes from each address that is wanted, twice."""
+def wanted_rows(rows, offsets, wanted, n, out):
+    """What is at each offset that is wanted, by every load that can be told not to; eight words an entry."""
     i = my_thread()
     while i < n:
-        st16(out + 32 * i, ld16_relaxed_if(ld8(addresses + 8 * i), ld8(wanted + 8 * i)))
-        st16(out + 32 * i + 16, ld16_nc_if(ld8(addresses + 8 * i), ld8(wanted + 8 * i)))
+        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 64 * i
+        st16(at, ld16_relaxed_if(address, want))
+        st16(at + 16, ld16_nc_if(address, want))
+        st8(at + 32, ld8_relaxed_if(address, want))
+        st8(at + 40, ld8_nc_if(address, want))
+        st8(at + 48, ld4_nc_if(address, want))
         i += all_threads()
 
 
-@one_or_many
+@everywhere
 def test_unwanted_memory_is_not_touched(shape):
-    wanted = filled([0, 1, 0, -1, 2**32, 2**63 - 1, 0, -2**63])        # also where the low half is 0
-    rows, out = random_words(1, len(wanted), 2), memory(len(wanted), 2, 2, fill=5)
-    base = rows.ctypes.data
-    addresses = filled([base + 16 * i if wanted[i] else BAD_ADDRESS for i in range(len(wanted))])
-    run(wanted_rows, shape, addresses, wanted, len(wanted), out)
-    for k in (0, 1):
-        np.testing.assert_array_equal(out[:, k], np.where(wanted[:, None] != 0, rows, 0))
+    for seed in range(20):
+        wanted = filled([0, 1, 0, -1, 2**32, 2**63 - 1, 0, -2**63])    # also where the low half is 0
+        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 8, fill=5)
+        offsets = filled(np.where(wanted, 16 * np.arange(len(wanted)), FAR))
+        run(wanted_rows, shape, rows, offsets, wanted, len(wanted), out)
+        signed = rows.view(np.int32)[:, :1]
+        there = np.concatenate([rows, rows, rows[:, :1], rows[:, :1], signed], axis=1)
+        np.testing.assert_array_equal(out[:, :7], np.where(wanted[:, None] != 0, there, 0))
 
 
 # ---- memory that several threads write -------------------------------------------------------------------------------
@@ -220,22 +260,25 @@ def start_together(gate):
 
 
 def count_up(counters, n, value, seen):
-    """Every thread adds `value` to the first counter n times and notes what was there, and adds once to the second."""
+    """Every thread adds `value` to the first counter n times and notes what was there, and adds once to each of the others."""
     start_together(counters + 256)
     i = 0
     while i < n:
         st8(seen + 8 * (n * my_thread() + i), fetch_add8(counters, value))
         i += 1
     add8_release(counters + 128, value * (1 + my_thread()))
+    add8(counters + 384, value * (1 + my_thread()))
+    add4(counters + 516, value * (1 + my_thread()))                     # an upper half
 
 
 @pytest.mark.parametrize("value", [1, -3, 2**60])
 @shapes(NARROW, WIDE, ODD)
 def test_adds_of_many_threads(shape, value):
     threads, n = threads_of(shape), 5000
-    counters, seen = memory(3, 16), memory(threads, n)
+    counters, seen = memory(5, 16), memory(threads, n)
     run(count_up, shape, counters, n, value, seen)
-    sums = [value * threads * n, value * threads * (threads + 1) // 2, threads]
+    once = value * threads * (threads + 1) // 2
+    sums = [value * threads * n, once, threads, once, once << 32]
     assert counters[:, 0].view(np.uint64).tolist() == [total & MASK64 for total in sums]
     assert not counters[:, 1:].any()
     if abs(value) < 2**32:                          # no overflow: distinct values, in order on each thread
@@ -356,7 +399,7 @@ def announce(rows, n, out):
 WORD32 = st.sampled_from([MASK32, MASK32 - 1, MASK32 >> 1, 0xFFFF, 0xFFFF0000, 0]) | st.integers(0, MASK32)
 
 
-@one_or_many
+@everywhere
 @given(st.lists(st.tuples(*[WORD32] * 4), min_size=1, max_size=20))
 @example([tuple(MASK32 if k == i else 0xFFFF0000 + k for k in range(4)) for i in range(5)])    # each word, and none
 @settings(max_examples=100, deadline=None)
@@ -368,7 +411,7 @@ def test_absence(shape, rows):
         assert got == [int(MASK32 in row), 0, 0, 0, *replaced, *[MASK32] * 4]
 
 
-# ---- bf16 and fp32 ---------------------------------------------------------------------------------------------------
+# ---- bf16, fp32 and e4m3 ---------------------------------------------------------------------------------------------
 
 TERMS, PARTS = 3, 3
 MINUS_ONE = 0xBF800000
@@ -421,7 +464,7 @@ FP32 = st.integers(0, MASK32) | st.sampled_from([0, 1, 0x80000001, 0x7FFFFF, 0x8
 NANS = [((0x3F80,) * 8 * TERMS, (nan, 0x3F800000, 0)) for nan in (0x7F800001, 0x7FFFFFFF, MASK32, 0xFF800001)]
 
 
-@one_or_many
+@everywhere
 @given(st.lists(st.tuples(st.tuples(*[BF16] * 8 * TERMS), st.tuples(*[FP32] * TERMS)), min_size=1, max_size=4))
 @example(NANS)                                      # rounded like numbers, some of these would become zero or infinite
 @settings(max_examples=100, deadline=None)
@@ -430,7 +473,7 @@ def test_sums_of_any_bits(shape, rows):
     check_weigh(shape, np.array(values, np.uint16).reshape(-1, TERMS, 8), np.array(weights, np.uint32))
 
 
-@one_or_many
+@everywhere
 def test_sums_of_like_sizes(shape):
     """Random bits seldom give sums whose terms meet; these do, down among the subnormals and up at the overflow."""
     rng, n = np.random.default_rng(2), 4000
@@ -440,7 +483,7 @@ def test_sums_of_like_sizes(shape):
     check_weigh(shape, values.astype(np.uint16), weights.astype(np.uint32))
 
 
-@one_or_many
+@everywhere
 def test_rounding_at_ties(shape):
     """h + r, where r takes the sum to, just under or just over the midpoint of two bf16 values, at every exponent."""
     rng, exponents = np.random.default_rng(3), np.arange(9, 255)       # of h; r is 8 or 9 binades below
@@ -454,6 +497,132 @@ def test_rounding_at_ties(shape):
     half_ulp = exponents - 8 << 23
     weights[:, :, 1] = np.stack([half_ulp - 2**16, half_ulp, half_ulp + 2**16], axis=1)
     check_weigh(shape, values.reshape(-1, TERMS, 8), weights.reshape(-1, TERMS))
+
+
+def divide(x, y, n, out):
+    """Two words an entry: the bits of the fp32 number x, the bits of x / y."""
+    i = my_thread()
+    while i < n:
+        dividend, divisor = f32_of(ld8(x + 8 * i)), f32_of(ld8(y + 8 * i))
+        st8(out + 16 * i, bits_of(dividend))
+        st8(out + 16 * i + 8, bits_of(div(dividend, divisor)))
+        i += all_threads()
+
+
+def check_divide(shape, x, y):
+    """x and y [n] are bit patterns."""
+    x, y = np.asarray(x, np.uint32), np.asarray(y, np.uint32)
+    out = memory(len(x), 2)
+    run(divide, shape, filled(x, np.uint64).view(np.int64) | -1 << 32, filled(y).view(np.int64), len(x), out)
+    with np.errstate(all="ignore"):
+        expected = x.view(np.float32) / y.view(np.float32)
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(out[:, 0], x)
+    np.testing.assert_array_equal(out[~nan, 1], expected.view(np.uint32)[~nan])
+    assert np.isnan(out[nan, 1].astype(np.uint32).view(np.float32)).all() and (out >> 32 == 0).all()
+
+
+@everywhere
+@given(st.lists(st.tuples(FP32, FP32), min_size=1, max_size=20))
+@example([(x, y) for x in (0, 1, 0x80000001, 0x3F800000, 0x7F800000, 0xFF800000, 0x7FC00000)       # 0, subnormal, 1, inf, NaN
+          for y in (0, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, MASK32)])
+@settings(max_examples=100, deadline=None)
+def test_quotients_of_any_bits(shape, pairs):
+    check_divide(shape, *zip(*pairs))
+
+
+@everywhere
+def test_quotients_at_the_limits(shape):
+    """Random numbers of exponents that differ so much that the quotient is subnormal, infinite, or just not."""
+    rng, n = np.random.default_rng(6), 100_000
+    exponents = rng.integers(0, 255, n)
+    others = np.clip(exponents + rng.choice([1, -1], n) * rng.integers(120, 155, n), 0, 254)
+    x, y = (rng.integers(0, 2**23, n) | e << 23 | rng.integers(0, 2, n) << 31 for e in (exponents, others))
+    check_divide(shape, x, y)
+
+
+def largest(values, n, out):
+    i = my_thread()
+    while i < n:
+        st8(out + 8 * i, amax8(ld16(values + 16 * i)))
+        i += all_threads()
+
+
+def check_largest(shape, values):
+    """values [n, 8] are bit patterns."""
+    values = filled(values, np.uint16)
+    out = memory(len(values))
+    run(largest, shape, values, len(values), out)
+    sizes = np.abs(values.view(bfloat16).astype(np.float32))
+    expected = np.where(np.isnan(sizes), np.float32(0), sizes).max(axis=1)      # np.fmax lets signalling NaNs through
+    np.testing.assert_array_equal(out, expected.view(np.uint32) >> 16)
+
+
+@everywhere
+@pytest.mark.parametrize("others", [0, 0x8000, 0x7FC0, 0xFFFF, 0x7F81])
+def test_largest_of_one_number(shape, others):
+    """Every bf16 in every place, beside zeros or NaNs."""
+    values = np.full((8, 2**16, 8), others, np.uint16)
+    for place in range(8):
+        values[place, :, place] = np.arange(2**16)
+    check_largest(shape, values.reshape(-1, 8))
+
+
+@everywhere
+def test_largest_of_eight(shape):
+    rng, n = np.random.default_rng(7), 20_000
+    anything = rng.integers(0, 2**16, (n, 8))
+    close = rng.integers(0, 2**16, (n, 1)) + rng.integers(-2, 3, (n, 8)) & 0xFFFF
+    infinite = np.where(rng.random((n, 8)) < 0.3, 0x7F7F + rng.integers(0, 3, (n, 8)), anything)
+    check_largest(shape, np.concatenate([anything, close, close ^ rng.integers(0, 2, (n, 8)) << 15, infinite]))
+
+
+def quantize(values, factors, n, out):
+    """Sixteen values and a factor an entry."""
+    i = my_thread()
+    while i < n:
+        low, high = ld16(values + 32 * i), ld16(values + 32 * i + 16)
+        st16(out + 16 * i, to_e4m3(low, high, f32_of(ld8(factors + 8 * i))))
+        i += all_threads()
+
+
+def quantized(values, factors):
+    """What `quantize` must give: values [n, 16] bf16, factors [n] fp32 -> [n, 16] uint8."""
+    with np.errstate(all="ignore"):
+        products = values.astype(np.float32) * factors[:, None]
+        codes = np.clip(products, -448, 448).astype(float8_e4m3fn).view(np.uint8)
+    return np.where(np.isnan(products), 0x7F, codes)
+
+
+def near(x):
+    """fp32: x and its two neighbours."""
+    x = np.float32(x)
+    return [np.nextafter(x, np.float32(0)), x, np.nextafter(x, np.float32(np.inf))]
+
+
+# With a factor of 1, and just off it, the bf16 values meet, miss and pass every midpoint of two e4m3.
+FACTORS = [*near(1), *near(448 / 3), *near(2**-9), 1 / 448, 448 / 1e-4, -1, 0, 2**-149, 2**-126, 3e38, np.inf, np.nan]
+
+
+@everywhere
+def test_e4m3_of_every_bf16(shape):
+    rng = np.random.default_rng(8)
+    chosen = np.array([*FACTORS, *np.exp2(rng.uniform(-130, 125, 30))], np.float32)
+    values = filled(rng.permuted(np.tile(np.arange(2**16), (len(chosen), 1)), axis=1).reshape(-1, 16), np.uint16)
+    factors = np.repeat(chosen, 2**16 // 16)
+    out = memory(len(values), 16, dtype=np.uint8)
+    run(quantize, shape, values, filled(factors.view(np.uint32)), len(values), out)
+    np.testing.assert_array_equal(out, quantized(values.view(bfloat16), factors))
+
+
+def test_e4m3_by_hand():
+    def codes(*values):
+        out = memory(1, 16, dtype=np.uint8)
+        run(quantize, NARROW, filled(np.resize(values, (1, 16)), bfloat16), filled([0x3F800000]), 1, out)
+        return out[0, :len(values)].tolist()
+    assert codes(0, -0.0, 1, 1.0625, 1.1875, -448, 464, -1e30) == [0, 0x80, 0x38, 0x38, 0x3A, 0xFE, 0x7E, 0xFE]
+    assert codes(np.inf, -np.inf, np.nan, -np.nan) == [0x7E, 0xFE, 0x7F, 0x7F]
+    assert codes(2**-6, 2**-9, 2**-10, 1.0078125 * 2**-10, 3 * 2**-10) == [8, 1, 0, 1, 2]
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -498,6 +667,22 @@ def test_shared_memory_and_syncthreads(shape):
     run(exchange_in_block, shape, rounds, out, shared_bytes=8 * threads)
     block, thread = np.indices((blocks, threads))
     np.testing.assert_array_equal(out, rounds * 1000 * block + rounds * (rounds + 1) // 2 * (threads - 1 - thread))
+
+
+def exchange_words(values, out):
+    """Each thread leaves 4 bytes beside those of the others and takes what its mirror image left."""
+    st4_shared(shared() + 4 * thread_rank(), ld8(values + 8 * my_thread()))
+    syncthreads()
+    st8(out + 8 * my_thread(), ld4_shared(shared() + 4 * (num_threads() - 1 - thread_rank())))
+
+
+@shapes(NARROW, WIDE, ODD, ON_GPU)
+def test_shared_words(shape):
+    blocks, (threads, _) = shape
+    for seed in range(5):
+        values, out = random_words(seed, blocks, threads), memory(blocks, threads)
+        run(exchange_words, shape, values, out, shared_bytes=4 * threads)
+        np.testing.assert_array_equal(out, values.astype(np.int32)[:, ::-1])
 
 
 def ask_block(votes, rounds, out):
@@ -556,13 +741,14 @@ def test_syncwarp(shape):
 
 
 def ask_lanes(values, out):
-    """Per thread: what each lane has to say, what the lane k further on has, and four votes."""
-    value, at = ld8(values + 8 * my_thread()), out + 8 * (2 * warp_size() + 4) * my_thread()
+    """Per thread: what each lane has to say, what the lane k further on has, what the lane k across has, and four votes."""
+    value, at = ld8(values + 8 * my_thread()), out + 8 * (3 * warp_size() + 4) * my_thread()
     k = 0
     while k < warp_size():
         st8(at, shfl(value, k))
         st8(at + 8, shfl(value, umod(lane() + k, warp_size())))         # every lane asks another one
-        at += 16
+        st8(at + 16, shfl_xor(value, k))
+        at += 24
         k += 1
     st8(at, ballot(value & 1))
     st8(at + 8, ballot(value & (1 << 40)))                              # any bit makes a vote
@@ -575,17 +761,34 @@ def votes(lanes, bit):
     return sum(1 << i for i, value in enumerate(lanes) if value & (1 << bit))
 
 
-@shapes(NARROW, WIDE, ODD, FULL_WARP)
+@shapes(NARROW, WIDE, ODD, FULL_WARP, ON_GPU)
 def test_shfl_and_ballot(shape):
     blocks, (threads, warp) = shape
     for seed in range(5):
         values = random_words(seed, blocks * threads // warp, warp)
-        out = memory(*values.shape, 2 * warp + 4)
+        out = memory(*values.shape, 3 * warp + 4)
         run(ask_lanes, shape, values, out)
         for (w, i), got in zip(np.ndindex(values.shape), out.reshape(values.size, -1).tolist()):
             lanes = values[w].tolist()
-            said = [x for k in range(warp) for x in (lanes[k], lanes[(i + k) % warp])]
+            said = [x for k in range(warp) for x in (lanes[k], lanes[(i + k) % warp], lanes[i ^ k])]
             assert got == [*said, votes(lanes, 0), votes(lanes, 40), votes(lanes, 63), (1 << warp) - 1]
+
+
+# ---- the kernels before and after ------------------------------------------------------------------------------------
+
+def follow(out):
+    previous_kernel_done()
+    st8(out + 8 * my_thread(), 1 + ld8(out + 8 * my_thread()))
+    next_kernel_may_start()
+
+
+@everywhere
+def test_kernels_follow_one_another(shape):
+    """Launched without asking for more, they do nothing."""
+    out = memory(threads_of(shape))
+    for _ in range(3):
+        run(follow, shape, out)
+    assert (out == 3).all()
 
 
 # ---- epochs ----------------------------------------------------------------------------------------------------------

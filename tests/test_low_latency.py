@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import ranks
-from case import ROUTINGS, VALUES, Case, assert_dispatched, assert_same, run_round
+from case import MODES, ROUTINGS, VALUES, Case, assert_dispatched, assert_same, dispatch, run_round
 from engine import down, make_buffer, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,27 +14,80 @@ from hypothesis import strategies as st
 from pyep import reference
 from pyep.channels.memory import LAST_EPOCH
 
-EXAMPLES = int(os.environ.get("PYEP_TEST_EXAMPLES", 75))        # random cases for each number of ranks
-# (max tokens, hidden, experts per rank, top-k, dtype of topk_idx).  Few, since each compiles kernels; what is in them is random.
-SHAPES = ((8, 64, 4, 3, np.int64), (1, 8, 1, 1, np.int64), (21, 4104, 7, 6, np.int32))
-WIDE = ("2,8,4", "3,16,8", "1,64,32", "5,1,1")                  # blocks, threads, warp of the CPU engine
+EXAMPLES = int(os.environ.get("PYEP_TEST_EXAMPLES", 100))       # random cases for each number of ranks
+
+# Kernels are compiled for each pair of a shape and a mode, so pairs are few; what is in them is random.
+# A shape: (max tokens, hidden, experts per rank, top-k, dtype of topk_idx).
+SHAPES = ((8, 64, 4, 3, np.int64), (1, 8, 1, 1, np.int64), (21, 4104, 7, 6, np.int32))          # all in the first of MODES
+OTHER_SHAPES = {                                                # in the other modes, by kind of FP8
+    "": SHAPES[0],
+    "fp8": (21, 4480, 7, 6, np.int32),                          # 35 blocks and as many scales
+    "fp8_round": (5, 128, 2, 2, np.int64),                      # one block, one scale: 132 bytes
+    "fp8_ue8m0": (8, 1536, 4, 3, np.int64),                     # three words of four scales
+}
+PLAIN, BY_RANK, REDUCED = (136, MODES[0]), (384, ("fp8", "rank_major", True)), (512, ("fp8_ue8m0", "expert_major", True))
+WIDE = {                                                        # blocks, threads, warp of the CPU engine: hidden and mode
+    "2,8,4": (PLAIN, BY_RANK),
+    "3,16,8": (PLAIN, REDUCED),
+    "1,64,32": (PLAIN, BY_RANK, REDUCED),
+    "5,1,1": (PLAIN,),
+}
 cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="shapes of the CPU engine")
+
+
+def pairs(n):
+    """The (shape, mode) pairs that n ranks try.
+
+    Whatever n is, every kind of FP8 occurs, and every layout with and without weights; 1 to 4 ranks together try all of MODES: four
+    kinds by four, as in a Latin square.
+    """
+    others = [mode for i, mode in enumerate(MODES) if i and (i // 4 + i + 1 - n) % 4 == 0]
+    return [(shape, MODES[0]) for shape in SHAPES] + [(OTHER_SHAPES[mode[0]], mode) for mode in others]
+
+
+def name_of(mode):
+    fp8, layout, weighted = mode
+    return f"{fp8 or 'bf16'}-{layout}" + "-weighted" * weighted
+
+
+def case_of(pair, seed, tokens, routing="random", values="normal"):
+    (max_tokens, hidden, per_rank, topk, index_dtype), mode = pair
+    experts = per_rank * len(tokens)
+    return Case(seed, max_tokens, hidden, experts, min(topk, experts), tokens, routing, values, index_dtype, *mode)
 
 
 @functools.cache
 def shared_buffer(comm_size):
-    """One buffer for all tests of a pool of ranks, so that operations of all shapes and tests follow each other in it."""
+    """One buffer for all tests of a pool of ranks, so that operations of all shapes, modes and tests follow each other in it."""
     from mpi4py import MPI
-    experts = max(s[2] for s in SHAPES) * comm_size
-    return make_buffer(MPI.COMM_WORLD, max(s[0] for s in SHAPES), max(s[1] for s in SHAPES), experts, max(s[3] for s in SHAPES))
+    max_tokens, hidden, per_rank, topk = (max(sizes) for sizes in zip(*(shape[:4] for shape, _ in pairs(comm_size))))
+    return make_buffer(MPI.COMM_WORLD, max_tokens, hidden, per_rank * comm_size, topk)
+
+
+def rounds(buf, pair):
+    """A round of each routing, with other values, numbers of tokens and options every time."""
+    for seed, routing in enumerate(ROUTINGS):
+        tokens = tuple((seed + 5 * r) % (pair[0][0] + 1) for r in range(buf.group_size))
+        case = case_of(pair, seed, tokens, routing, VALUES[seed % len(VALUES)])
+        run_round(buf, case, hooks=(seed % 2 == 0, seed % 3 == 0), zero_copy=seed % 4 == 0, out=seed == 1)
+
+
+def rounds_in_shared_buffer(comm, pair):
+    rounds(shared_buffer(comm.size), pair)
+
+
+@pytest.mark.parametrize("n, pair", [pytest.param(n, pair, id=f"{n}-{pair[0][1]}-{name_of(pair[1])}")
+                                     for n in (1, 2, 3, 4) for pair in pairs(n)])
+def test_shapes_and_modes(n, pair):
+    """Every pair by itself; the test's name has the number of ranks, hidden, and the mode."""
+    ranks.run(n, rounds_in_shared_buffer, pair)
 
 
 @st.composite
 def cases(draw, n):
-    max_tokens, hidden, per_rank, topk, index_dtype = draw(st.sampled_from(SHAPES))
-    tokens = draw(st.tuples(*[st.integers(0, max_tokens)] * n))
-    return Case(draw(st.integers(0, 2**32)), max_tokens, hidden, per_rank * n, min(topk, per_rank * n), tokens,
-                draw(st.sampled_from(ROUTINGS)), draw(st.sampled_from(VALUES)), index_dtype)
+    pair = draw(st.sampled_from(pairs(n)))
+    tokens = draw(st.tuples(*[st.integers(0, pair[0][0])] * n))
+    return case_of(pair, draw(st.integers(0, 2**32)), tokens, draw(st.sampled_from(ROUTINGS)), draw(st.sampled_from(VALUES)))
 
 
 def one_round(comm, case, **options):
@@ -43,7 +96,7 @@ def one_round(comm, case, **options):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_random_cases(n):
-    """Any routing, any values, any number of tokens, with and without hooks, zero copy and preallocated outputs."""
+    """Any mode, any routing, any values, any number of tokens, with and without hooks, zero copy and preallocated outputs."""
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(cases(n), st.tuples(st.booleans(), st.booleans()), st.booleans(), st.booleans())
     def check(case, hooks, zero_copy, out):
@@ -51,22 +104,21 @@ def test_random_cases(n):
     check()
 
 
-def wide_rounds(comm, shape):
+def wide_rounds(comm, shape, hidden, mode):
     os.environ["PYEP_CPU_SHAPE"] = shape
     try:
-        with make_buffer(comm, 6, 136, 3 * comm.size, 3) as buf:
-            for seed, routing in enumerate(ROUTINGS):
-                tokens = tuple((seed + 5 * r) % 7 for r in range(comm.size))
-                run_round(buf, Case(seed, 6, 136, 3 * comm.size, 3, tokens, routing, "bits"), hooks=(seed % 2 == 0, seed % 3 == 0))
+        with make_buffer(comm, 6, hidden, 3 * comm.size, 3) as buf:
+            rounds(buf, ((6, hidden, 3, 3, np.int64), mode))
     finally:
         del os.environ["PYEP_CPU_SHAPE"]
 
 
 @cpu_only
-@pytest.mark.parametrize("shape", WIDE)
-def test_wide_shapes(shape):
+@pytest.mark.parametrize("shape, hidden, mode", [pytest.param(shape, *tried, id=f"{shape}-{name_of(tried[1])}")
+                                                 for shape, all_tried in WIDE.items() for tried in all_tried])
+def test_wide_shapes(shape, hidden, mode):
     """Lanes, warps and blocks do their part: the CPU engine in the shapes of a GPU."""
-    ranks.run(3, wide_rounds, shape)
+    ranks.run(3, wide_rounds, shape, hidden, mode)
 
 
 def back_to_back(comm, rounds):
@@ -115,20 +167,20 @@ def test_epoch_wraps_around(epoch):
 
 def two_in_flight(comm, order):
     """Two dispatches are sent before either is received; odd ranks call their hooks in the given order, even ones at once."""
-    buf, me = shared_buffer(comm.size), comm.rank
-    shape = 8, 4 * comm.size
-    for seed in range(0, 20, 2):
-        made = [Case(seed + i, 8, 64, shape[1], 3, (8,) * comm.size).make() for i in (0, 1)]
+    buf, me, all_pairs = shared_buffer(comm.size), comm.rank, pairs(comm.size)
+    for seed in range(20):
+        chosen = [all_pairs[(seed + i * (seed % 3)) % len(all_pairs)] for i in (0, 1)]      # alike, or of other shape and mode
+        two = [case_of(pair, seed + i, (pair[0][0],) * comm.size) for i, pair in enumerate(chosen)]
         got = []
-        for x, idx, _, _ in made:
-            got.append(buf.low_latency_dispatch(up(x[me]), up(idx[me]), *shape, use_fp8=False, return_recv_hook=True))
+        for case in two:
+            got.append(dispatch(buf, case, *case.make()[:3], return_recv_hook=True))
             if me % 2 == 0:
                 got[-1].hook()
         for i in order if me % 2 else ():
             got[i].hook()
-        for (x, idx, _, _), g in zip(made, got):
+        for case, g in zip(two, got):
             g.event.synchronize()
-            assert_dispatched(g, reference.low_latency_dispatch(x, idx, *shape)[me])
+            assert_dispatched(g, case.dispatched(*case.make()[:3])[me])
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -138,19 +190,26 @@ def test_two_in_flight(order):
 
 
 def combines_of_one_dispatch(comm):
+    """Those that get no weights look at none: they are given nonsense every other time."""
     buf, me = shared_buffer(comm.size), comm.rank
-    case = Case(1, 8, 64, 4 * comm.size, 3, tuple(range(5, 5 + comm.size)))
-    x, idx, w, y = case.make()
-    got = buf.low_latency_dispatch(up(x[me]), up(idx[me]), 8, case.experts, use_fp8=False)
-    for scale in range(1, 20):
-        y_scaled = [(a.astype(np.float32) * scale).astype(a.dtype) for a in y]
-        out, event, _ = buf.low_latency_combine(up(y_scaled[me]), up(idx[me]), up(w[me]), got.handle)
-        event.synchronize()
-        assert_same(down(out), reference.low_latency_combine(y_scaled, idx, w, 8, case.experts)[me], f"combine {scale}")
+    for pair in pairs(comm.size):
+        max_tokens = pair[0][0]
+        case = case_of(pair, 1, tuple((max_tokens + r) // 2 for r in range(comm.size)))
+        x, idx, w, y = case.make()
+        got = dispatch(buf, case, x, idx, w)
+        for scale in range(1, 6):
+            y_scaled = [(a.astype(np.float32) * scale).astype(a.dtype) for a in y]
+            selections = idx[me], w[me]
+            if not case.direct and scale % 2:
+                selections = np.full_like(idx[me], -1), np.full_like(w[me], np.nan)
+            out, event, _ = buf.low_latency_combine(up(y_scaled[me]), *map(up, selections), got.handle)
+            event.synchronize()
+            assert_same(down(out), case.combined(y_scaled, idx, w)[me], f"combine {scale} of {pair}")
 
 
-def test_a_handle_serves_many_combines():
-    ranks.run(2, combines_of_one_dispatch)
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_handle_serves_many_combines(n):
+    ranks.run(n, combines_of_one_dispatch)
 
 
 def combine_masked(comm):

@@ -10,8 +10,8 @@ waits of the rank then give up: the kernel returns, with garbage for results, an
 `watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
 `pyep.low_latency`).
 """
-from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_acquire, ld8_nc, ld8_relaxed, ld16_relaxed, pause, st8,
-                            st8_relaxed, st8_release, st16, swap8_if)
+from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_nc, ld8_relaxed, ld16_relaxed, pause, polls_per_look, st8,
+                            st8_relaxed, st8_release, st16, swap8_if, umod)
 from ..kernels.op import rare
 
 STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control
@@ -86,7 +86,7 @@ def wait_count(watch, wait, source, counter):
     deadline, polls = 0, 0
     while (value >> 32) & 0xFFFFFFFF != epoch and deadline >= 0:
         polls += 1
-        if polls & 15 == 0:
+        if umod(polls, polls_per_look()) == 0:
             deadline = patience(deadline, watch, wait, source, counter, epoch, value)
         value = ld8_relaxed(counter)
     return value & 0xFFFFFFFF if deadline >= 0 else 0
@@ -94,14 +94,17 @@ def wait_count(watch, wait, source, counter):
 
 @rare
 def wait_epoch(watch, wait, source, counter, goal):
-    """Wait until the epoch that a counter holds has reached `goal`; 1, or 0 if it never did."""
-    value = ld8_acquire(counter)
+    """Wait until the epoch that a counter holds has reached `goal`; 1, or 0 if it never did.
+
+    Relaxed: what waits for it are stores, and no store is made before the branch that it depends on.
+    """
+    value = ld8_relaxed(counter)
     deadline, polls = 0, 0
     while not reached(value, goal) and deadline >= 0:
         polls += 1
-        if polls & 15 == 0:
+        if umod(polls, polls_per_look()) == 0:
             deadline = patience(deadline, watch, wait, source, counter, goal, value)
-        value = ld8_acquire(counter)
+        value = ld8_relaxed(counter)
     return 1 if deadline >= 0 else 0
 
 
@@ -112,15 +115,14 @@ def wait_word(watch, wait, source, address):
     deadline, polls = 0, 0
     while value == ABSENT and deadline >= 0:
         polls += 1
-        if polls & 15 == 0:
+        if umod(polls, polls_per_look()) == 0:
             deadline = patience(deadline, watch, wait, source, address, 0, value)
         value = ld8_relaxed(address)
     return value if deadline >= 0 else 0
 
 
-def take_word(watch, wait, source, address):
-    """Wait for a word of data and take it out of its slot; 0 if it never came."""
-    value = ld8_relaxed(address)
+def take_word(value, watch, wait, source, address):
+    """Wait for a word of data and take it out of its slot; 0 if it never came.  `value`: what a first look at it has shown."""
     if value == ABSENT:
         value = wait_word(watch, wait, source, address)
     st8_relaxed(address, ABSENT)
@@ -134,7 +136,7 @@ def wait16(watch, wait, source, address):
     deadline, polls = 0, 0
     while absent(value) != 0 and deadline >= 0:
         polls += 1
-        if polls & 15 == 0:
+        if umod(polls, polls_per_look()) == 0:
             deadline = patience(deadline, watch, wait, source, address, 0, ABSENT)
         value = ld16_relaxed(address)
     return value

@@ -77,6 +77,10 @@ class CpuEngine:
         """Threads of a block that moves rows: the shape decides."""
         return self.machine.threads
 
+    def pieces_per_lane(self, row_bytes):
+        """How many 16-byte pieces of a row a lane moves for its warp: all, so that a warp looks up once what it does with a row."""
+        return -(-row_bytes // (16 * self.machine.warp))
+
     def warps(self, threads):
         return threads // self.machine.warp
 
@@ -87,7 +91,8 @@ class CpuEngine:
         """
         return ("send", self.blocks, self.blocks, 0), ("receive", self.blocks, 0, self.blocks)
 
-    def kernel(self, fn, blocks, threads, shared_bytes=0, **constants):
+    def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
+        """A compiled kernel; `overlap` is for the GPU's sake, and ignored."""
         return CpuKernel(fn, blocks, self.machine, shared_bytes, constants)
 
     def synchronize(self):

@@ -10,7 +10,7 @@ import os
 import re
 
 from cuda.bindings import driver, runtime
-from cuda.core import Device, LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, launch
+from cuda.core import Device, Event, LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, StreamOptions, launch
 from numba import cuda, types
 
 from . import cache
@@ -63,7 +63,7 @@ def cubin(fn, threads, cc, constants):
 class CudaKernel:
     """A compiled kernel on one GPU: `launch(stream, *ints)`, `stream` being a CUstream as an int."""
 
-    def __init__(self, fn, device, blocks, threads, shared_bytes, constants):
+    def __init__(self, fn, device, blocks, threads, shared_bytes, overlap, constants):
         self._kernel = ObjectCode.from_cubin(cubin(fn, threads, device.cc, constants)).get_kernel("pyep_" + fn.__name__)
         if shared_bytes > LARGE_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -74,7 +74,8 @@ class CudaKernel:
         if blocks > resident:
             raise RuntimeError(f"{fn.__name__} wants {blocks} blocks of {threads} threads at once; this GPU holds {resident}")
         # Cooperative: the driver starts all blocks together or none, whatever else runs on the GPU.
-        self._config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, is_cooperative=True)
+        self._config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, is_cooperative=True,
+                                    programmatic_stream_serialization=overlap)
 
     def launch(self, stream, *args):
         launch(_stream(stream), self._config, self._kernel, *args)
@@ -96,10 +97,17 @@ class CudaEngine:
         device.set_current()
         self.index, self.cc = index, tuple(device.compute_capability)
         self.multiprocessors = device.properties.multiprocessor_count
+        _, _, highest = driver.cuCtxGetStreamPriorityRange()     # other ranks wait for what runs here
+        self._comm_stream = device.create_stream(options=StreamOptions(priority=highest))
+        self.comm_stream = int(self._comm_stream.handle)
 
     def threads_for_row(self, row_bytes):
         """Threads of a block that moves rows: one 16-byte vector each, as far as a block goes."""
         return min(1024, -(-row_bytes // 512) * 32)
+
+    def pieces_per_lane(self, row_bytes):
+        """How many 16-byte pieces of a row a lane moves for its warp: one, since there are warps enough."""
+        return 1
 
     def warps(self, threads):
         return threads // 32
@@ -111,8 +119,10 @@ class CudaEngine:
         receivers = blocks - senders if operation == "dispatch" else blocks
         return ("both", blocks, senders, receivers), ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
 
-    def kernel(self, fn, blocks, threads, shared_bytes=0, **constants):
-        return CudaKernel(fn, self, blocks, threads, shared_bytes, constants)
+    def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
+        """A compiled kernel.  overlap: its blocks may start before the kernel before it on the stream has ended; it then calls
+        `previous_kernel_done` first of all."""
+        return CudaKernel(fn, self, blocks, threads, shared_bytes, overlap, constants)
 
     def synchronize(self):
         """Wait until nothing runs on the GPU."""
@@ -133,11 +143,27 @@ def current_device():
     return int(driver.cuCtxGetDevice()[1])
 
 
+def compute_capability():
+    """Of the current GPU, or of the first one where none was chosen."""
+    return tuple(Device(current_device() or 0).compute_capability)
+
+
+def record(stream):
+    """An event behind all that was put on a stream (a CUstream as an int) so far."""
+    return _stream(stream).record()
+
+
 def stream_wait(stream, other):
-    """Make `stream` wait for all that was put on `other` so far (both CUstreams as ints)."""
-    _stream(stream).wait(_stream(other))
+    """Make `stream` wait for `other`: an event, or a stream, which means all that was put on it so far."""
+    _stream(stream).wait(other if isinstance(other, Event) else _stream(other))
 
 
-def synchronize(stream):
-    """Make the host wait for a stream."""
-    _stream(stream).sync()
+def synchronize(other):
+    """Make the host wait for an event or a stream."""
+    (other if isinstance(other, Event) else _stream(other)).sync()
+
+
+def is_capturing(stream):
+    """Whether what is put on a stream goes into a graph."""
+    error, status = driver.cuStreamIsCapturing(stream)           # an error: the default stream, while another is captured
+    return not error and status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE

@@ -96,7 +96,7 @@ def ld16_nc(address):
 
 
 @op(v16, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $3, 0; mov.b64 $0, 0; mov.b64 $1, 0;"
-    " @p ld.global.nc.L1::no_allocate.v2.s64 {$0,$1}, [$2]; }", cpu=llvm.load_if(llvm.load(V16)), pure=True)
+    " @p ld.global.nc.L1::no_allocate.v2.s64 {$0,$1}, [$2]; }", cpu=llvm.load_if(llvm.load(V16)))
 def ld16_nc_if(address, wanted):
     """`ld16_nc` where wanted != 0, else zeros without touching memory."""
 
@@ -116,6 +116,12 @@ def ld8_nc(address):
     """Load 8 bytes that nobody writes while the kernel runs."""
 
 
+@op(i64, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $2, 0; mov.b64 $0, 0; @p ld.global.nc.s64 $0, [$1]; }",
+    cpu=llvm.load_if(llvm.load()))
+def ld8_nc_if(address, wanted):
+    """`ld8_nc` where wanted != 0, else 0 without touching memory."""
+
+
 @op(void, (i64, i64), ptx="st.global.s64 [$0], $1;", cpu=llvm.store())
 def st8(address, value):
     """Store 8 bytes; weak."""
@@ -124,6 +130,12 @@ def st8(address, value):
 @op(i64, (i64,), ptx="ld.global.nc.s32 $0, [$1];", cpu=llvm.load(I32), pure=True)
 def ld4_nc(address):
     """Load a signed 4-byte integer that nobody writes while the kernel runs."""
+
+
+@op(i64, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $2, 0; mov.b64 $0, 0; @p ld.global.nc.s32 $0, [$1]; }",
+    cpu=llvm.load_if(llvm.load(I32)))
+def ld4_nc_if(address, wanted):
+    """`ld4_nc` where wanted != 0, else 0 without touching memory."""
 
 
 @op(void, (i64, i64), ptx="st.global.u32 [$0], $1;", cpu=llvm.store(I32))
@@ -154,9 +166,20 @@ def ld8_relaxed(address):
     """Load 8 bytes; relaxed."""
 
 
+@op(i64, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $2, 0; mov.b64 $0, 0; @p ld.relaxed.sys.global.s64 $0, [$1]; }",
+    cpu=llvm.load_if(llvm.load(order="monotonic")))
+def ld8_relaxed_if(address, wanted):
+    """`ld8_relaxed` where wanted != 0, else 0 without touching memory; no branch, so that several stay in flight."""
+
+
 @op(void, (i64, i64), ptx="st.relaxed.sys.global.s64 [$0], $1;", cpu=llvm.store(order="monotonic"))
 def st8_relaxed(address, value):
     """Store 8 bytes; relaxed."""
+
+
+@op(void, (i64, i64), ptx="st.relaxed.sys.global.u32 [$0], $1;", cpu=llvm.store(I32, order="monotonic"))
+def st4_relaxed(address, value):
+    """Store the low 4 bytes of `value`; relaxed."""
 
 
 @op(i64, (i64,), ptx="ld.acquire.sys.global.s64 $0, [$1];", cpu=llvm.load(order="acquire"))
@@ -174,14 +197,25 @@ def add8_release(address, value):
     """Add to 8 bytes after all that this thread has seen or stored."""
 
 
+@op(void, (i64, i64), ptx="red.relaxed.gpu.global.add.u64 [$0], $1;", cpu=llvm.add_atomic("monotonic"))
+def add8(address, value):
+    """Add to 8 bytes of this rank's own memory; relaxed among this rank's threads."""
+
+
+@op(void, (i64, i64), ptx="{ .reg .b32 t; cvt.u32.u64 t, $1; red.relaxed.gpu.global.add.u32 [$0], t; }",
+    cpu=llvm.add_atomic("monotonic", I32))
+def add4(address, value):
+    """Add to 4 bytes of this rank's own memory; relaxed among this rank's threads."""
+
+
 @op(i64, (i64, i64), ptx="atom.acq_rel.gpu.global.add.u64 $0, [$1], $2;", cpu=llvm.add_atomic("acq_rel"))
 def fetch_add8(address, value):
     """Add to 8 bytes of this rank's own memory and return what was there; acquire and release among this rank's threads."""
 
 
-@op(i64, (i64, i64, i64), ptx="atom.acq_rel.sys.global.cas.b64 $0, [$1], $2, $3;", cpu=llvm.swap_atomic)
+@op(i64, (i64, i64, i64), ptx="atom.relaxed.gpu.global.cas.b64 $0, [$1], $2, $3;", cpu=llvm.swap_atomic)
 def swap8_if(address, expected, value):
-    """If 8 bytes are `expected`, make them `value`; return what was there.  Acquire and release."""
+    """If 8 bytes of this rank's own memory are `expected`, make them `value`; return what was there.  Relaxed."""
 
 
 # ---- rows that announce themselves -----------------------------------------------------------------------------------
@@ -208,11 +242,31 @@ def present(value):
     """`value` with each word 0xffffffff replaced by 0x7fffffff: bf16 stays the same but for the payload of a NaN."""
 
 
-# ---- bf16 and fp32 ---------------------------------------------------------------------------------------------------
+@op(i64, (v16,), ptx="mov.b64 $0, $1;", cpu=llvm.eight_bytes(0), pure=True)
+def low8(value):
+    """The first 8 of 16 bytes."""
+
+
+@op(i64, (v16,), ptx="mov.b64 $0, $2;", cpu=llvm.eight_bytes(1), pure=True)
+def high8(value):
+    """The last 8 of 16 bytes."""
+
+
+# ---- bf16, fp32 and e4m3 ---------------------------------------------------------------------------------------------
 
 @op(f32, (i64,), ptx="{ .reg .b32 t; cvt.u32.u64 t, $1; mov.b32 $0, t; }", cpu=llvm.as_float, pure=True)
 def f32_of(bits):
-    """The fp32 whose bits are the low 4 bytes of `bits`."""
+    """The fp32 whose bits are the low 4 bytes of `bits`; of a bf16, `f32_of(bits << 16)`."""
+
+
+@op(i64, (f32,), ptx="{ .reg .b32 t; mov.b32 t, $1; cvt.u64.u32 $0, t; }", cpu=llvm.as_bits, pure=True)
+def bits_of(value):
+    """The 4 bytes of an fp32 as a number below 2**32.  Where no value is negative or NaN, bits compare as the values do."""
+
+
+@op(f32, (f32, f32), ptx="div.rn.f32 $0, $1, $2;", cpu=lambda b, _, x, y: b.fdiv(x, y), pure=True)
+def div(x, y):
+    """x / y, to nearest even, subnormals included."""
 
 
 @op(f32x8, ptx="".join(f"mov.f32 ${k}, 0f00000000; " for k in range(8)),
@@ -241,11 +295,46 @@ def to_bf16(sums):
     """Eight fp32 to eight bf16, to nearest even."""
 
 
+# "max" leaves out a NaN unless both are NaN, so there is none after the one with 0; "xorsign.abs": of |a| and |b|, with some sign.
+@op(i64, (v16,), ptx="{ .reg .b32 a,b,c,d; mov.b64 {a,b}, $1; mov.b64 {c,d}, $2; max.xorsign.abs.bf16x2 a, a, b;"
+    " max.xorsign.abs.bf16x2 c, c, d; max.xorsign.abs.bf16x2 a, a, c; mov.b32 b, 0; max.xorsign.abs.bf16x2 a, a, b;"
+    " shr.u32 b, a, 16; max.xorsign.abs.bf16x2 a, a, b; and.b32 a, a, 0x7fff; cvt.u64.u32 $0, a; }",
+    cpu=llvm.amax, pure=True)
+def amax8(values):
+    """The largest |value| of eight bf16, as its bits (0 to 0x7f80, which compare as the values do); a NaN counts as 0."""
+
+
+def _to_e4m3(code="{ .reg .b32 a,b,t,w0,w1,w2,w3; .reg .b16 l,h; .reg .f32 x,y;"):
+    """$2..$5: sixteen bf16; $6: the factor."""
+    for k in range(4):
+        code += f" mov.b64 {{a,b}}, ${2 + k};"
+        for word, two_bytes in (("a", "l"), ("b", "h")):
+            code += (f" shl.b32 t, {word}, 16; mov.b32 x, t; mul.rn.f32 x, x, $6; and.b32 t, {word}, 0xffff0000; mov.b32 y, t;"
+                     f" mul.rn.f32 y, y, $6; cvt.rn.satfinite.e4m3x2.f32 {two_bytes}, y, x;")        # y above x
+        code += f" mov.b32 w{k}, {{l,h}};"
+    return code + " mov.b64 $0, {w0,w1}; mov.b64 $1, {w2,w3}; }"
+
+
+@op(v16, (v16, v16, f32), ptx=_to_e4m3(), cpu=llvm.to_e4m3, pure=True)
+def to_e4m3(low, high, factor):
+    """Sixteen bf16 times an fp32 factor, rounded to fp32, then to e4m3: byte i is value i, those of `low` first.
+
+    To nearest even; beyond +-448 (infinity too) it is +-448, 0x7e or 0xfe; a NaN is 0x7f: no byte is ever 0xff.
+    """
+
+
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 @op(i64, ptx="mov.u64 $0, %globaltimer;", cpu=llvm.clock)
 def clock_ns():
     """Nanoseconds of a clock that only this rank's threads share (on a GPU it may tick as coarsely as 1 us)."""
+
+
+@op(i64, ptx=lambda b: ir.Constant(I64, 4096), cpu=llvm.constant(16), pure=True)
+def polls_per_look():
+    """How often a waiting thread polls between looks at the clock.  On a GPU, where a look costs as long as a poll, many thousands
+    of threads wait at a time, and the last of them to see its data ends the operation: looks must be rare.  On the CPU others
+    may need the core."""
 
 
 @op(void, (i64,), ptx="{ .reg .b32 t; cvt.u32.u64 t, $0; nanosleep.u32 t; }", cpu=llvm.yield_core)
@@ -266,7 +355,7 @@ def _dynamic_shared(b):
 
 @op(i64, ptx=_dynamic_shared, cpu=llvm.context("shared"), pure=True)
 def shared():
-    """The address of the block's shared memory, for `ld8_shared` and `st8_shared` only."""
+    """The address of the block's shared memory, for the `*_shared` ops only."""
 
 
 @op(i64, (i64,), ptx="{ .reg .b32 a; cvt.u32.u64 a, $1; ld.shared.b64 $0, [a]; }", cpu=llvm.load())
@@ -277,6 +366,32 @@ def ld8_shared(address):
 @op(void, (i64, i64), ptx="{ .reg .b32 a; cvt.u32.u64 a, $0; st.shared.b64 [a], $1; }", cpu=llvm.store())
 def st8_shared(address, value):
     """Store 8 bytes of shared memory."""
+
+
+@op(i64, (i64,), ptx="{ .reg .b32 a; cvt.u32.u64 a, $1; ld.shared.s32 $0, [a]; }", cpu=llvm.load(I32))
+def ld4_shared(address):
+    """Load a signed 4-byte integer of shared memory."""
+
+
+@op(void, (i64, i64), ptx="{ .reg .b32 a; cvt.u32.u64 a, $0; st.shared.u32 [a], $1; }", cpu=llvm.store(I32))
+def st4_shared(address, value):
+    """Store the low 4 bytes of `value` in shared memory."""
+
+
+# ---- the kernels before and after this one on the stream: "programmatic dependent launch" ----------------------------
+# On the CPU, and on a GPU where a launch does not ask for it, kernels follow one another and these do nothing.
+
+@op(ptx="griddepcontrol.launch_dependents;")
+def next_kernel_may_start():
+    """The first call in each block counts: once every block has called or ended, blocks of the next kernel may start.
+
+    That promises them nothing about memory: what this kernel stores they see after `previous_kernel_done`.
+    """
+
+
+@op(ptx="griddepcontrol.wait;")
+def previous_kernel_done():
+    """Wait until the kernel before has ended; all that it stored is visible from here on (but `ld*_nc` may move to before)."""
 
 
 # ---- collectives: every thread of the block, or every lane of the warp, must call --------------------------------------
@@ -335,6 +450,19 @@ def shfl(value, source):
     st8(_exchange() + 8 * thread_rank(), value)
     syncwarp()
     result = ld8(_exchange() + 8 * (thread_rank() - lane() + source))
+    syncwarp()
+    return result
+
+
+@op(i64, (i64, i64), ptx="{ .reg .b32 l,h,m; mov.b64 {l,h}, $1; cvt.u32.u64 m, $2; shfl.sync.bfly.b32 l, l, m, 0x1f, 0xffffffff;"
+    " shfl.sync.bfly.b32 h, h, m, 0x1f, 0xffffffff; mov.b64 $0, {l,h}; }", collective=True)
+def shfl_xor(value, mask):
+    """`value` of the lane whose index differs in the bits of `mask`, which is less than the warp's size."""
+    if warp_size() == 1:
+        return value
+    st8(_exchange() + 8 * thread_rank(), value)
+    syncwarp()
+    result = ld8(_exchange() + 8 * (thread_rank() ^ mask))
     syncwarp()
     return result
 

@@ -6,7 +6,8 @@ from numba.core import cgutils
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 V16 = ir.VectorType(I32, 4)
-_I16X8, _I32X8, _F32X8 = ir.VectorType(ir.IntType(16), 8), ir.VectorType(I32, 8), ir.VectorType(ir.FloatType(), 8)
+_I8X16, _I16X8 = ir.VectorType(ir.IntType(8), 16), ir.VectorType(ir.IntType(16), 8)
+_I32X8, _F32X8 = ir.VectorType(I32, 8), ir.VectorType(ir.FloatType(), 8)
 
 # ---- who am I: every GPU thread is an OS thread that finds its context under one pthread key -------------------------
 
@@ -63,7 +64,7 @@ def store(t=I64, order=None):
         if t == I32:
             value = b.trunc(value, I32)
         if order:
-            b.store_atomic(value, p, order, 8)
+            b.store_atomic(value, p, order, t.width // 8)
         else:
             b.store(value, p, align=16 if t == V16 else None)
     return emit
@@ -76,22 +77,19 @@ def load_fresh(b, machine, address):
 
 
 def load_if(load):
-    """A 16-byte load where the second argument is not 0, else zeros."""
+    """A load where the second argument is not 0, else zeros: loaded from a place of our own, which is cheaper than a branch."""
     def emit(b, machine, address, wanted):
-        with b.if_else(b.icmp_signed("!=", wanted, ir.Constant(I64, 0))) as (then, otherwise):
-            with then:
-                value, came_from = load(b, machine, address), b.block
-            with otherwise:
-                nothing = b.block
-        result = b.phi(V16)
-        result.add_incoming(value, came_from)
-        result.add_incoming(splat(0), nothing)
-        return result
+        nothing = cgutils.alloca_once(b, V16, zfill=True)
+        is_wanted = b.icmp_signed("!=", wanted, ir.Constant(I64, 0))
+        return load(b, machine, b.select(is_wanted, address, b.ptrtoint(nothing, I64)))
     return emit
 
 
-def add_atomic(order):
-    return lambda b, machine, address, value: b.atomic_rmw("add", pointer(b, address), value, order)
+def add_atomic(order, t=I64):
+    """Add to a `t` (an int64 is cut down to it)."""
+    def emit(b, machine, address, value):
+        return b.atomic_rmw("add", pointer(b, address, t), b.trunc(value, t) if t == I32 else value, order)
+    return emit
 
 
 def swap_atomic(b, machine, address, expected, value):
@@ -102,6 +100,11 @@ def swap_atomic(b, machine, address, expected, value):
 
 def splat(value, t=V16):
     return ir.Constant(t, [value] * t.count)
+
+
+def eight_bytes(index):
+    """The first (0) or the last (1) half of 16 bytes."""
+    return lambda b, machine, v: b.extract_element(b.bitcast(v, ir.VectorType(I64, 2)), ir.Constant(I32, index))
 
 
 _ABSENT = splat(-1)
@@ -122,17 +125,31 @@ def unpack(b, v):
     return b.bitcast(b.shl(wide, splat(16, _I32X8)), _F32X8)
 
 
+def broadcast(b, value):
+    """Eight fp32 of the one."""
+    undefined = ir.Constant(_F32X8, ir.Undefined)
+    return b.shuffle_vector(b.insert_element(undefined, value, ir.Constant(I32, 0)), undefined, splat(0, _I32X8))
+
+
 def fma(b, machine, v, weight, total):
-    weights = cgutils.alloca_once(b, _F32X8)
-    value = b.load(weights)                        # undefined lanes, all overwritten
-    for k in range(8):
-        value = b.insert_element(value, weight, ir.Constant(I32, k))
     fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(_F32X8, [_F32X8] * 3), "llvm.fma.v8f32")
-    return b.call(fn, [unpack(b, v), value, total])
+    return b.call(fn, [unpack(b, v), broadcast(b, weight), total])
 
 
 def as_float(b, machine, bits):
     return b.bitcast(b.trunc(bits, I32), ir.FloatType())
+
+
+def as_bits(b, machine, value):
+    return b.zext(b.bitcast(value, I32), I64)
+
+
+def amax(b, machine, v):
+    """The largest |value| of eight bf16, NaNs left out; without the sign, bf16 compare like the integers they are made of."""
+    size = b.and_(b.bitcast(v, _I16X8), splat(0x7FFF, _I16X8))
+    numbers = b.select(b.icmp_signed("<=", size, splat(0x7F80, _I16X8)), size, splat(0, _I16X8))
+    fn = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.IntType(16), [_I16X8]), "llvm.vector.reduce.umax.v8i16")
+    return b.zext(b.call(fn, [numbers]), I64)
 
 
 def pack(b, machine, values):
@@ -144,6 +161,32 @@ def pack(b, machine, values):
     nan = b.fcmp_unordered("uno", values, values)
     halves = b.select(nan, b.or_(upper, splat(0x40, _I32X8)), rounded)
     return b.bitcast(b.trunc(halves, _I16X8), V16)
+
+
+def _e4m3(b, values):
+    """Eight fp32 -> eight int32, each an e4m3 code.
+
+    Between 2^e and 2^(e+1) e4m3 has the multiples of 2^(e-3); below 2^-6 it has those of 2^-9, as if e were -6.  Adding
+    2^(e+20), whose last bit is worth 2^(e-3), rounds |value| to n such steps, and its bits grow by n.  A normal number has
+    the biased exponent e + 7 and n - 8 as its mantissa: its code is 8 (e + 6) + n.  So is a subnormal one's, which is n.
+    """
+    smallest, largest = splat(127 - 6 << 23, _I32X8), splat(0x43E00000, _I32X8)           # 2^-6, 448
+    bits = b.bitcast(values, _I32X8)
+    size = b.and_(bits, splat(0x7FFFFFFF, _I32X8))
+    size = b.select(b.icmp_signed("<", size, largest), size, largest)
+    binade = b.and_(size, splat(0x7F800000, _I32X8))
+    binade = b.select(b.icmp_signed(">", binade, smallest), binade, smallest)
+    shift = b.add(binade, splat(20 << 23, _I32X8))
+    n = b.sub(b.bitcast(b.fadd(b.bitcast(size, _F32X8), b.bitcast(shift, _F32X8)), _I32X8), shift)
+    code = b.add(b.lshr(b.sub(binade, smallest), splat(20, _I32X8)), n)
+    sign = b.and_(b.lshr(bits, splat(24, _I32X8)), splat(0x80, _I32X8))
+    return b.select(b.fcmp_unordered("uno", values, values), splat(0x7F, _I32X8), b.or_(code, sign))
+
+
+def to_e4m3(b, machine, low, high, factor):
+    codes = [_e4m3(b, b.fmul(unpack(b, v), broadcast(b, factor))) for v in (low, high)]
+    both = b.shuffle_vector(*codes, ir.Constant(ir.VectorType(I32, 16), list(range(16))))
+    return b.bitcast(b.trunc(both, _I8X16), V16)
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------

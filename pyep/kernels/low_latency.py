@@ -7,16 +7,24 @@ for: to have finished operation n is to know that every rank has begun it, hence
 Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive; they may overlap (one block plays both
 roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
 
-The kernels are in `low_latency_dispatch` and `low_latency_combine`.
+The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `low_latency_reduce` (rank-reduced).
 """
-from ..channels.memory import next_epoch, peer, previous_epoch, tell, wait_epoch
-from .lang import (block_rank, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, popc, st8, st8_release,
-                   syncthreads, syncthreads_or, thread_rank, udiv, warp_size)
+from ..channels.memory import next_epoch, peer, previous_epoch, tell, wait_count, wait_epoch
+from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, next_kernel_may_start,
+                   num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, syncthreads, syncthreads_or,
+                   thread_rank, udiv, warp_size)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
-RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = ROW_BYTES = 0
+RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = HIDDEN = 0
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
+ROW_BYTES = 0                                   # of a row of bf16
+FP8 = POWERS_OF_2 = UE8M0 = 0                   # 1: rows travel as e4m3; their scales are powers of two; delivered as exponents
+DATA_BYTES = WIRE_BYTES = 0                     # of a row in `rows`: the values; with the scales of FP8
+RANK_MAJOR = 0                                  # 1: rows are delivered once per rank, not once per expert
+WEIGHTED = 0                                    # 1: topk_weights travel with the tokens
 SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
+NEIGHBOURS = 1                                  # warps of a block that take slices next to each other: divides them
+PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp: see `slice_bytes`
 EPOCH = CONSUMED = FAILED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
 PLACES = ROWS = 0                               # offsets in a half, see pyep.layout.LowLatency.dispatch
 
@@ -24,7 +32,14 @@ COMBINE = 1 << 31                               # in the word that tells that an
 
 # What a wait waits for; pyep.low_latency puts them in words.
 (DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
- BAD_EXPERT, NO_ROOM, OTHER_OPERATION) = range(1, 12)
+ COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION) = range(1, 13)
+
+
+def start():
+    """The first thing in a kernel.  Its blocks may start while the kernel before it on the stream ends; the next one's while it
+    ends itself: that hides what a launch costs."""
+    previous_kernel_done()
+    next_kernel_may_start()
 
 
 def this_epoch(base, lag):
@@ -59,7 +74,8 @@ def begin(watch, wait, me, lag):
     """Tell every rank what is consumed here, and wait until all ranks have consumed what this operation overwrites.
 
     `lag`: operations sent before this one and not yet received (their hooks are still to be called): 0 or 1.
-    Returns 1, or 0 if a rank has not: then nothing may be sent.  The block meets here.
+    Returns 1, or 0 if a rank has not: then nothing may be sent.  The block meets here: what it loads and lists before costs no
+    time.
     """
     base, _, epoch = watch
     before = previous_epoch(epoch)
@@ -85,6 +101,16 @@ def tell_begun(part, watch, me, what):
         rank += num_threads()
 
 
+def wait_begun(watch, wait, source, waited):
+    """Wait until a rank has begun this operation: what it told.  `waited`: 0, or [R] int64 to which the wait's ns are added."""
+    base, _, epoch = watch
+    since = clock_ns() if waited != 0 else 0
+    told = wait_count(watch, wait, source, count_slot(base, epoch, source))
+    if waited != 0:
+        add8(waited + 8 * source, clock_ns() - since)
+    return told
+
+
 def num_warps():
     """Warps in a block."""
     return udiv(num_threads(), warp_size())
@@ -100,6 +126,24 @@ def lanes_before(bits):
     return popc(bits & ((1 << lane()) - 1))
 
 
+def slice_bytes():
+    """What a warp moves of a row at a time.  Rows are cut into slices that go to warps of different blocks, so that all blocks
+    end together though tokens have more and less to send."""
+    return 16 * PER_LANE * warp_size()
+
+
+def slices(row_bytes):
+    """Slices of a row."""
+    return udiv(row_bytes + slice_bytes() - 1, slice_bytes())
+
+
+def first_unit(part, parts):
+    """A warp's first unit of work; its next one is `parts * num_warps()` on.  NEIGHBOURS warps of a block take slices next to each
+    other, the next ones those of the next block's: so all blocks have something to do, however few tokens there are."""
+    group = udiv(warp_rank(), NEIGHBOURS)
+    return (part + parts * group) * NEIGHBOURS + warp_rank() - group * NEIGHBOURS
+
+
 def after(me, i):
     """The i-th rank after `me`: all ranks start their rounds at different peers."""
     rank = me + i
@@ -109,3 +153,19 @@ def after(me, i):
 def expert_at(topk_idx, selection):
     """The expert that a selection names; negative where it selects nothing."""
     return ld8_nc(topk_idx + 8 * selection) if INDEX_BYTES == 8 else ld4_nc(topk_idx + 4 * selection)
+
+
+def selects(topk_idx, index_bytes, token, rank):
+    """Whether a token selects an expert of `rank`; the whole warp asks."""
+    hits = 0
+    first = 0
+    while first < TOPK:
+        k = first + lane()
+        hit = 0
+        if k < TOPK:
+            at = topk_idx + index_bytes * (token * TOPK + k)
+            expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
+            hit = 1 if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank else 0
+        hits |= ballot(hit)
+        first += warp_size()
+    return hits != 0

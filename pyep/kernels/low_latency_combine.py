@@ -1,36 +1,94 @@
-"""Low-latency combine (BF16, direct), for any number of ranks, blocks and threads.
+"""Low-latency combine, direct, for any number of ranks, blocks and threads.
 
 An expert's rank sends the output for (token, k) to the token's rank, which sums them in k order.
 """
-from ..channels.memory import peer, report, take16, wait_count
-from .lang import (ballot, block_rank, f32_of, fma8, lane, ld16_nc, ld16_relaxed, ld16_relaxed_if, ld4_nc, ld8, ld8_nc,
-                   ld8_shared, num_blocks, num_threads, popc, present, shared, st16, st16_relaxed, st8_shared, syncthreads,
-                   thread_rank, to_bf16, udiv, umod, warp_size, zeros)
-from .low_latency import (COMBINE, COMBINE_BEGUN, COMBINE_CONSUMED, COMBINE_OUTPUT, LOCAL_EXPERTS, MAX_TOKENS,
-                          OTHER_OPERATION, RANKS, RECEIVERS, ROW_BYTES, SENDERS, TOPK, after, begin, count_slot, end_epoch,
-                          expert_at, half_of, lanes_before, num_warps, tell_begun, this_epoch, warp_rank)
+from ..channels.memory import peer, report, take16
+from .lang import (ballot, block_rank, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc_if,
+                   ld8_nc, ld8_nc_if, ld8_shared, num_blocks, num_threads, popc, present, shared, st16, st16_relaxed,
+                   st8_shared, syncwarp, thread_rank, to_bf16, udiv, umod, warp_size, zeros)
+from .low_latency import (COMBINE, COMBINE_BEGUN, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
+                          OTHER_OPERATION, RANKS, RECEIVERS, ROW_BYTES, SENDERS, TOPK, after, begin, end_epoch, first_unit, half_of,
+                          lanes_before, num_warps, slice_bytes, slices, start, tell_begun, this_epoch, wait_begun,
+                          warp_rank)
 
 NOT_ADDED = -(1 << 63)                          # the sign bit: see list_outputs
 
 
-def send_outputs(part, parts, watch, me, half, y, row_of, source_tokens):
-    """The output of every row this rank received, back to the slot of its (token, k) on the token's rank."""
-    base, _, _ = watch
-    unit = part
-    while unit < MAX_TOKENS * RANKS:
-        token = udiv(unit, RANKS)
-        source = after(me, umod(unit, RANKS) + 1)
-        if token < ld8(source_tokens + 8 * source):
-            for k in range(TOPK):
-                row = ld8_nc(row_of + 8 * ((source * MAX_TOKENS + token) * TOPK + k))
-                if row >= 0:
-                    slot = peer(base, source) + half + (token * TOPK + k) * ROW_BYTES
-                    offset = 16 * thread_rank()
-                    while offset < ROW_BYTES:
-                        st16_relaxed(slot + offset, present(ld16_nc(y + row * ROW_BYTES + offset)))
-                        offset += 16 * num_threads()
-        unit += parts
+def list_bytes():
+    """Of a warp's list in shared memory: two words for each k; looks may run past the last one."""
+    return 16 * ((TOPK + 3) & -4)
 
+
+# ---- send ------------------------------------------------------------------------------------------------------------
+
+def list_rows(entries, unit, me, y, row_of, sent):
+    """One warp lists the rows of y that a unit's token got, two words each: address, k.  Returns how many; 0 past the last unit."""
+    pair = udiv(unit, slices(ROW_BYTES))
+    token, source = udiv(pair, RANKS), after(me, umod(pair, RANKS) + 1)
+    tokens = ld8_nc(sent + 8 * source)
+    count = 0
+    first = 0
+    while first < TOPK:
+        k = first + lane()
+        row = ld8_nc_if(row_of + 8 * ((source * MAX_TOKENS + token) * TOPK + k), k < TOPK and token < MAX_TOKENS)
+        mine = k < TOPK and row >= 0 and token < tokens
+        hits = ballot(1 if mine else 0)
+        if mine:
+            entry = entries + 16 * (count + lanes_before(hits))
+            st8_shared(entry, y + row * ROW_BYTES)
+            st8_shared(entry + 8, k)
+        count += popc(hits)
+        first += warp_size()
+    syncwarp()
+    return count
+
+
+def copy_listed(entries, count, outputs, offset):
+    """Copy 16 bytes of listed rows to a token's outputs.  Four loads are under way at once."""
+    i = 0
+    while i < count:
+        entry = entries + 16 * i
+        value0 = ld16_nc(ld8_shared(entry) + offset)
+        value1 = ld16_nc_if(ld8_shared(entry + 16) + offset, i + 1 < count)
+        value2 = ld16_nc_if(ld8_shared(entry + 32) + offset, i + 2 < count)
+        value3 = ld16_nc_if(ld8_shared(entry + 48) + offset, i + 3 < count)
+        st16_relaxed(outputs + ld8_shared(entry + 8) * ROW_BYTES + offset, present(value0))
+        if i + 1 < count:
+            st16_relaxed(outputs + ld8_shared(entry + 24) * ROW_BYTES + offset, present(value1))
+        if i + 2 < count:
+            st16_relaxed(outputs + ld8_shared(entry + 40) * ROW_BYTES + offset, present(value2))
+        if i + 3 < count:
+            st16_relaxed(outputs + ld8_shared(entry + 56) * ROW_BYTES + offset, present(value3))
+        i += 4
+
+
+def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
+    """The output of every row this rank received, back to the slot of its (token, k) on the token's rank.
+
+    A *unit* is a (token, source, slice): a warp's work.
+    """
+    base, _, _ = watch
+    entries = shared() + warp_rank() * list_bytes()
+    unit = first_unit(part, parts)
+    count = list_rows(entries, unit, me, y, row_of, sent)
+    if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
+        return
+    tell_begun(part, watch, me, COMBINE)
+    while unit < MAX_TOKENS * RANKS * slices(ROW_BYTES):
+        pair = udiv(unit, slices(ROW_BYTES))
+        token, source = udiv(pair, RANKS), after(me, umod(pair, RANKS) + 1)
+        outputs = peer(base, source) + half + token * TOPK * ROW_BYTES
+        offset = umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
+        end = offset + slice_bytes()
+        while offset < end and offset < ROW_BYTES:
+            copy_listed(entries, count, outputs, offset)
+            offset += 16 * warp_size()
+        syncwarp()
+        unit += parts * num_warps()
+        count = list_rows(entries, unit, me, y, row_of, sent)
+
+
+# ---- receive ---------------------------------------------------------------------------------------------------------
 
 def list_outputs(entries, half_start, topk_idx, topk_weights, selected, token):
     """One warp lists what a token is the sum of, in k order, two words each: the slot; source rank << 32 | weight.
@@ -43,15 +101,19 @@ def list_outputs(entries, half_start, topk_idx, topk_weights, selected, token):
     while first < TOPK:
         k = first + lane()
         selection = token * TOPK + k
-        expert = ld8_nc(selected + 8 * selection) if k < TOPK else -1
-        hits = ballot(1 if expert >= 0 else 0)
-        if expert >= 0:
+        expert = ld8_nc_if(selected + 8 * selection, k < TOPK)
+        now = topk_idx + INDEX_BYTES * selection
+        masked = ld8_nc_if(now, k < TOPK) < 0 if INDEX_BYTES == 8 else ld4_nc_if(now, k < TOPK) < 0
+        weight = ld4_nc_if(topk_weights + 4 * selection, k < TOPK) & 0xFFFFFFFF
+        mine = k < TOPK and expert >= 0
+        hits = ballot(1 if mine else 0)
+        if mine:
             entry = entries + 16 * (count + lanes_before(hits))
-            word = udiv(expert, LOCAL_EXPERTS) << 32 | ld4_nc(topk_weights + 4 * selection) & 0xFFFFFFFF
             st8_shared(entry, half_start + selection * ROW_BYTES)
-            st8_shared(entry + 8, word if expert_at(topk_idx, selection) >= 0 else word | NOT_ADDED)
+            st8_shared(entry + 8, udiv(expert, LOCAL_EXPERTS) << 32 | weight | (NOT_ADDED if masked else 0))
         count += popc(hits)
         first += warp_size()
+    syncwarp()
     return count
 
 
@@ -85,60 +147,45 @@ def sum_listed(entries, count, watch, offset):
 
 
 def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, selected, num_tokens, out):
-    """out[t] = bf16(sum over k, in order, of weight * output), in fp32 fma.  A warp lists a token's outputs, then the block
-    sums the warps' tokens."""
+    """out[t] = bf16(sum over k, in order, of weight * output), in fp32 fma; a warp a slice."""
     base, _, _ = watch
-    stride = 8 + 16 * align4(TOPK)                               # per warp: count, entries; looks may run past the last one
-    warps, warp = num_warps(), warp_rank()
-    first = part
-    while first < num_tokens:
-        token = first + warp * parts
-        count = 0
-        if token < num_tokens:
-            count = list_outputs(shared() + warp * stride + 8, base + half, topk_idx, topk_weights, selected, token)
-        if lane() == 0:
-            st8_shared(shared() + warp * stride, count)
-        syncthreads()
-        slot = shared()
-        while first < num_tokens and slot < shared() + warps * stride:
-            count = ld8_shared(slot)
-            offset = 16 * thread_rank()
-            while offset < ROW_BYTES:
-                st16(out + first * ROW_BYTES + offset, to_bf16(sum_listed(slot + 8, count, watch, offset)))
-                offset += 16 * num_threads()
-            slot += stride
-            first += parts
-        syncthreads()
+    entries = shared() + warp_rank() * list_bytes()
+    unit = first_unit(part, parts)
+    while unit < num_tokens * slices(ROW_BYTES):
+        token = udiv(unit, slices(ROW_BYTES))
+        count = list_outputs(entries, base + half, topk_idx, topk_weights, selected, token)
+        offset = umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
+        end = offset + slice_bytes()
+        while offset < end and offset < ROW_BYTES:
+            st16(out + token * ROW_BYTES + offset, to_bf16(sum_listed(entries, count, watch, offset)))
+            offset += 16 * warp_size()
+        syncwarp()
+        unit += parts * num_warps()
 
 
-def align4(n):
-    return (n + 3) & -4
-
-
-def wait_for_all(part, watch):
-    """One block makes sure that every rank has begun this operation, also those that have nothing for this rank."""
-    base, _, epoch = watch
-    rank = thread_rank()
-    while rank < RANKS and part == 0:
-        begun = wait_count(watch, COMBINE_BEGUN, rank, count_slot(base, epoch, rank))
+def wait_for_all(part, parts, watch, wait_stats):
+    """One warp makes sure that every rank has begun this operation, also those that have nothing for this rank."""
+    rank = num_threads() - 1 - thread_rank()                     # the last of all: it has the least to sum
+    while rank < RANKS and part == parts - 1:
+        begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats)
         if begun != COMBINE:
-            report(watch, OTHER_OPERATION, rank, base, COMBINE, begun)
+            report(watch, OTHER_OPERATION, rank, watch[0], COMBINE, begun)
         rank += num_threads()
 
 
-def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, row_of, source_tokens, selected,
-            out):
-    """The kernel.  y [L, R*M, H] bf16; row_of, source_tokens and selected as `dispatch` left them; out [T, H] bf16."""
+def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, wait_stats, row_of, sent,
+            selected, out):
+    """The kernel.  y [L, R*M, H] bf16; row_of, sent and selected as `dispatch` left them; out [T, H] bf16."""
+    start()
     epoch = this_epoch(base, lag)
     watch = (base, timeout, epoch)
     half = half_of(epoch, half_bytes)
     sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
     if SENDERS > 0:
-        if begin(watch, COMBINE_CONSUMED, me, lag) != 0 and sender < SENDERS:
-            tell_begun(sender, watch, me, COMBINE)
-            send_outputs(sender, SENDERS, watch, me, half, y, row_of, source_tokens)
+        if sender < SENDERS:
+            send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent)
     if RECEIVERS > 0:
         if receiver >= 0:
-            wait_for_all(receiver, watch)
+            wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             sum_outputs(receiver, RECEIVERS, watch, half, topk_idx, topk_weights, selected, num_tokens, out)
     end_epoch(base, epoch)

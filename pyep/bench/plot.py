@@ -1,0 +1,63 @@
+"""`--plot`: latency and bandwidth over the quantity of the first sweep, with the bound drawn in."""
+import matplotlib
+
+matplotlib.use("Agg")                                            # no display
+from matplotlib import pyplot
+
+from .report import OPERATIONS, operation, shape
+
+COLORS = dict(zip(OPERATIONS, ("tab:blue", "tab:orange", "tab:green")))
+STYLES = "-", "--", "-.", ":"
+
+
+def draw(args, machine, results):
+    """Write the PNG."""
+    (swept, values), *others = args.sweep
+    figure, (latency, bandwidth) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    for i, (label, group) in enumerate(series(results, [name for name, _ in others]).items()):
+        curves(latency, bandwidth, swept, sorted(group, key=lambda result: result[swept]), label, STYLES[i % len(STYLES)])
+        bounds(latency, swept, group, "bound" if i == 0 else None)
+    if args.link_gbps:
+        bandwidth.axhline(args.link_gbps, color="black", linewidth=1, linestyle=":", label=f"link, {args.link_gbps:g} GB/s")
+    latency.set_yscale("log")
+    latency.yaxis.set_major_formatter("{x:g}")
+    bandwidth.set_ylim(bottom=0)
+    finish(latency, swept, values, "microseconds, slowest rank")
+    finish(bandwidth, swept, values, "wire GB/s per rank")
+    device = " + ".join(machine["devices"])
+    figure.suptitle(f"{machine['ranks']} ranks, {device} ({args.transport_name}): {shape(args)}\n{operation(args)}", fontsize=10)
+    figure.savefig(args.plot, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def series(results, others):
+    """The results of each curve, by its label: the mode, and what the sweeps after the first say."""
+    found = {}
+    for result in results:
+        label = ", ".join([result["mode"], *(f"{name} {result[name]}" for name in others)])
+        found.setdefault(label, []).append(result)
+    return found
+
+
+def curves(latency, bandwidth, swept, group, label, style):
+    x = [result[swept] for result in group]
+    for name in OPERATIONS:
+        look = dict(color=COLORS[name], linestyle=style, marker=".", label=f"{name}, {label}")
+        latency.plot(x, [result[name]["latency_us"]["max"] for result in group], **look)
+        bandwidth.plot(x, [result[name]["gbps"]["wire"]["per_rank"] for result in group], **look)
+
+
+def bounds(latency, swept, group, label):
+    for name in OPERATIONS:
+        points = sorted((result[swept], result[name]["bound_us"]) for result in group)
+        latency.plot(*zip(*points), color=COLORS[name], linewidth=1, linestyle=":", label=label and f"{name}, {label}")
+
+
+def finish(axes, swept, values, what):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(values), labels=[str(value) for value in sorted(values)])
+    axes.minorticks_off()
+    axes.set_xlabel(f"{swept} a rank" if swept == "tokens" else swept)
+    axes.set_ylabel(what)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, handlelength=3)

@@ -1,0 +1,68 @@
+"""FP8: blocks of 128 values become e4m3 with one fp32 scale (the recipe is `pyep.reference.quantize`).
+
+A *team* of lanes (8 of a warp, fewer on a CPU with narrow warps) quantizes a block.  A *piece* is what a lane converts at a
+time: 16 values, 32 bytes of bf16, 16 bytes of e4m3.
+"""
+from .lang import (amax8, bits_of, div, f32_of, lane, ld16_nc_if, num_threads, shfl_xor, thread_rank, to_e4m3, udiv, umod,
+                   warp_size)
+from .low_latency import DATA_BYTES, POWERS_OF_2
+
+PIECES = 8                                      # in a block
+SMALLEST_AMAX, LARGEST_E4M3, ONE = 0x38D1B717, 0x43E00000, 0x3F800000           # 1e-4, 448 and 1 as bits of fp32
+
+
+def team_size():
+    return PIECES if warp_size() >= PIECES else warp_size()
+
+
+def first_piece():
+    """Where this thread's first piece is in the e4m3 that its block of threads quantizes at a time."""
+    return 16 * (PIECES * udiv(thread_rank(), team_size()) + umod(lane(), team_size()))
+
+
+def span():
+    """Bytes of e4m3 that a block of threads quantizes at a time."""
+    return 16 * PIECES * udiv(num_threads(), team_size())
+
+
+def load_piece(row, offset, wanted):
+    """The bf16 of the piece at `offset` among the e4m3 of a row; zeros where wanted is 0."""
+    return ld16_nc_if(row + 2 * offset, wanted), ld16_nc_if(row + 2 * offset + 16, wanted)
+
+
+def largest(low, high):
+    """The largest |value| of a piece, as bits of bf16."""
+    a, b = amax8(low), amax8(high)
+    return a if a > b else b
+
+
+def block_amax(row, offset, low, high):
+    """max(largest |value| of the team's block, 1e-4), as bits of fp32; the whole warp asks.  low, high: this lane's first piece."""
+    amax = largest(low, high)
+    for i in range(1, udiv(PIECES, team_size())):
+        next_low, next_high = load_piece(row, offset + 16 * i * team_size(), offset < DATA_BYTES)
+        other = largest(next_low, next_high)
+        amax = other if other > amax else amax
+    step = 1
+    while step < team_size():
+        other = shfl_xor(amax, step)
+        amax = other if other > amax else amax
+        step *= 2
+    amax = amax << 16                                            # of positive floats, the larger has the larger bits
+    return amax if amax > SMALLEST_AMAX else SMALLEST_AMAX
+
+
+def scale_of(amax):
+    """Bits of the scale of a block."""
+    scale = bits_of(div(f32_of(amax), f32_of(LARGEST_E4M3)))
+    return (scale + 0x7FFFFF) & 0x7F800000 if POWERS_OF_2 else scale
+
+
+def factor_of(amax, scale):
+    """What values are multiplied by."""
+    return div(f32_of(ONE), f32_of(scale)) if POWERS_OF_2 else div(f32_of(LARGEST_E4M3), f32_of(amax))
+
+
+def quantize(low, high, factor):
+    """A piece as e4m3."""
+    return to_e4m3(low, high, factor)

@@ -1,0 +1,326 @@
+"""The benchmark: its byte counts by hand, its options, and the command as a user runs it."""
+import contextlib
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import ranks
+
+import pyep
+from pyep.__main__ import main, read
+from pyep.bench import devices, figures, inputs, options, traffic
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmark.md"
+SMALL = ("--tokens", "8", "--hidden", "64", "--experts-per-rank", "4", "--topk", "3",       # a shape of test_low_latency.py
+         "--iterations", "2", "--repeats", "3", "--warm-up", "1")
+cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="defaults and limits of the CPU engine")
+
+# The worked example of docs/benchmark.md: experts 0 and 1 live on rank 0, 2 and 3 on rank 1.
+EXAMPLE = [np.array([[0, 2], [2, 3], [1, -1]]), np.array([[0, 1], [3, 0], [1, 2]])]
+HIDDEN = 512
+#                        selections    sent          received      bound, us
+BY_HAND = {
+    "dispatch, bf16":   ([5120, 6144], [2048, 3072], [3072, 2048], 0.0068),
+    "dispatch, fp8":    ([2640, 3168], [1056, 1584], [1584, 1056], 0.0035),
+    "combine, reduced": ([5120, 6144], [3072, 2048], [2048, 3072], 0.0068),
+    "combine, direct":  ([5120, 6144], [4096, 3072], [3072, 4096], 0.0091),
+}
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def example(name):
+    operation, kind = name.split(", ")
+    if operation == "dispatch":
+        return traffic.traffic(EXAMPLE, HIDDEN, 4, dtype=kind)[0]
+    return traffic.traffic(EXAMPLE, HIDDEN, 4, combine=kind)[1]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_worked_example(name):
+    selections, sent, received, bound_us = BY_HAND[name]
+    phase = example(name)
+    assert (phase.selections.tolist(), phase.sent.tolist(), phase.received.tolist()) == (selections, sent, received)
+    assert round(phase.busiest / 450 / 1e3, 4) == bound_us
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_worked_example_is_the_documented_one(name):
+    cells = [str(cell).strip("[]") for cell in BY_HAND[name]]
+    assert " | ".join(["| " + name, *cells]) + " |" in DOCUMENT.read_text()
+
+
+def test_bytes_that_the_cpu_copies():
+    """Rank 0: 4 rows into scratch memory and 6 delivered, or 5 of them once per rank; then 6 or 5 taken and 5 or 4 summed."""
+    def rows(**options):
+        return [(phase.copied / (2 * HIDDEN)).tolist() for phase in traffic.traffic(EXAMPLE, HIDDEN, 4, **options)]
+    assert rows() == [[10, 10], [11, 11]]
+    assert rows(combine="reduced") == [[10, 10], [10, 10]]
+    assert rows(layout="rank-major", combine="reduced") == [[9, 9], [9, 9]]
+
+
+def test_one_rank_sends_nothing():
+    dispatch, combine = traffic.traffic([EXAMPLE[0]], HIDDEN, 4)
+    assert dispatch.busiest == combine.busiest == 0 and dispatch.selections.tolist() == [5120]
+
+
+def test_an_expert_named_twice():
+    """Two selections, of which one row crosses to it and two come back."""
+    dispatch, combine = traffic.traffic([np.array([[2, 2]]), np.array([[-1, -1]])], HIDDEN, 4)
+    assert (dispatch.selections.tolist(), dispatch.sent.tolist(), combine.sent.tolist()) == ([2048, 0], [1024, 0], [0, 2048])
+
+
+def test_latency_and_bandwidth():
+    us = np.array([[1.0, 2, 9], [4, 4, 5]])                      # medians 2 and 4
+    found = figures.figures(us, example("dispatch, bf16"), 0.5)
+    assert found["latency_us"] == {"max": 4, "avg": 3, "min": 2, "spread": 8, "by_rank": [2, 4]}
+    assert found["gbps"]["wire"] == pytest.approx({"aggregate": 5120 / 4000, "per_rank": 2560 / 4000})
+    assert found["gbps"]["selections"] == pytest.approx({"aggregate": 11264 / 4000, "per_rank": 5632 / 4000})
+
+
+def test_a_pair_is_both():
+    times = {name: np.full((2, 1), us) for name, us in (("dispatch", 1.0), ("combine", 2.0), ("pair", 4.0))}
+    phases = traffic.traffic(EXAMPLE, HIDDEN, 4)
+    pair = figures.of_all(times, phases, (0.25, 0.5))["pair"]
+    assert pair["bytes"]["sent"] == [2048 + 4096, 3072 + 3072] and pair["bound_us"] == 0.75
+    assert pair["gbps"]["wire"]["aggregate"] == pytest.approx((5120 + 7168) / 4000)
+
+
+def test_inputs():
+    point = options.Point(50, 64, 4, 16)
+    routing = [inputs.routing(point, 3, rank) for rank in range(2)]
+    assert all(len(set(experts)) == 4 for idx in routing for experts in idx.tolist()), "a token selects different experts"
+    assert {*np.unique(routing)} == set(range(16)) and not np.array_equal(*routing)
+    assert np.array_equal(inputs.routing(point, 3, 1), routing[1]) and not np.array_equal(inputs.routing(point, 4, 1), routing[1])
+    pairs, tokens = traffic.rows_between(routing, 16)
+    for layout, rows, shape in (("expert-major", pairs, (8, 100, 64)), ("rank-major", tokens, (2, 50, 64))):
+        y = inputs.outputs(point, layout, routing, 3, 1)
+        assert y.shape == shape and np.count_nonzero(y.astype(np.float32).any(axis=2)) == rows[:, 1].sum()
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def points(*argv, num_ranks=4):
+    return read(["bench", "ll", *argv], num_ranks).points
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    for name in options.ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
+    return lambda **values: [monkeypatch.setenv(f"MSCCLPP_EP_LL_{name}", text) for name, text in values.items()]
+
+
+def test_defaults(variables):
+    assert points() == [(128, 7168, 8, 256)]
+
+
+def test_environment_is_the_default(variables):
+    variables(TOKENS="4", HIDDEN="256", TOPK="2", EXPERTS_PER_RANK="3")
+    assert points() == [(4, 256, 2, 12)]
+
+
+def test_options_win_over_the_environment(variables):
+    variables(TOKENS="4", HIDDEN="256", TOPK="2", EXPERTS_PER_RANK="3")
+    assert points("--tokens", "5", "--topk", "1", "--experts-per-rank", "7") == [(5, 256, 1, 28)]
+    assert points("--hidden", "64", "--experts", "8", "--sweep", "topk=3") == [(4, 64, 3, 8)]
+
+
+def test_sweeps_multiply(variables):
+    assert points("--sweep", "experts=8,16", "--sweep", "tokens=1,2", "--hidden", "8") == [
+        (1, 8, 8, 8), (1, 8, 8, 16), (2, 8, 8, 8), (2, 8, 8, 16)]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--tokens", "0"], "'0' is not a whole number of at least 1"),
+    (["--tokens", "many"], "'many' is not a whole number"),
+    (["--hidden", "100"], "hidden is 100; expected a multiple of 8"),
+    (["--experts", "255"], "num_experts is 255; expected a multiple of the 4 ranks"),
+    (["--experts", "8", "--topk", "9"], "--topk selects 9 experts a token"),
+    (["--experts", "8", "--experts-per-rank", "2"], "not allowed with"),
+    (["--sweep", "speed=1,2"], "expected NAME=N,N,..."),
+    (["--sweep", "tokens=1,x"], "'x' is not a whole number"),
+    (["--sweep", "tokens=1", "--sweep", "tokens=2"], "--sweep names a quantity twice"),
+    (["--dtype", "fp4"], "invalid choice"),
+    (["--dtype", "fp8", "--hidden", "64"], "not a multiple of 128"),
+    (["--dtype", "fp8", "--hidden", "128", "--round-scale", "--ue8m0"], "not a multiple of 512"),
+    (["--dtype", "fp8", "--ue8m0"], "--ue8m0 needs --round-scale"),
+    (["--round-scale"], "need --dtype fp8"),
+    (["--layout", "rank-major", "--combine", "direct"], "needs --layout expert-major"),
+    (["--link-gbps", "0"], "not a number above 0"),
+    (["--plot", "a.png"], "add --sweep"),
+    (["--json", "/no/such/folder/a.json"], "its folder does not exist"),
+    pytest.param(["--mode", "graph"], "needs a GPU", marks=cpu_only),
+    pytest.param(["--array", "cupy"], "not for the cpu engine", marks=cpu_only),
+    pytest.param(["--transport", "ipc"], "does not serve the cpu engine", marks=cpu_only),
+])
+def test_bad_options(argv, message, variables, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        points(*argv)
+    assert message in capsys.readouterr().err
+
+
+def test_bad_environment(variables, capsys):
+    variables(TOPK="eight")
+    with pytest.raises(SystemExit, match="2"):
+        points()
+    assert "environment variable MSCCLPP_EP_LL_TOPK: 'eight' is not a whole number" in capsys.readouterr().err
+
+
+def test_missing_package(variables, capsys, monkeypatch):
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    points("--sweep", "tokens=1")
+    with pytest.raises(SystemExit, match="2"):
+        points("--sweep", "tokens=1", "--plot", "a.png")
+    assert "--plot needs the package matplotlib, which is not installed: pip install 'pyep[bench]'" in capsys.readouterr().err
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def bench(comm, *argv):
+    """The command on ranks that are already there: exit status, stdout, stderr."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(["bench", "ll", *argv], comm)
+    return status, out.getvalue(), err.getvalue()
+
+
+def command(n, *argv, module=("-m", "mpi4py"), before=()):
+    """The command as a user types it: the finished process."""
+    line = [*ranks.mpiexec(), *before, "-n", str(n), sys.executable, *module, "-m", "pyep", "bench", "ll", *argv]
+    return subprocess.run(line, env=ranks.environment(), capture_output=True, text=True, timeout=300)
+
+
+def assert_result(result, n, modes):
+    """One result of the JSON: all is there, and the figures fit each other."""
+    assert result["mode"] in modes
+    for name in ("dispatch", "combine", "pair"):
+        found = result[name]
+        us, nbytes, gbps = found["latency_us"], found["bytes"], found["gbps"]
+        assert 0 < us["min"] <= us["avg"] <= us["max"] and us["spread"] >= 0 and len(us["by_rank"]) == n
+        assert sum(nbytes["sent"]) == sum(nbytes["received"]) <= sum(nbytes["selections"])
+        assert gbps["wire"]["aggregate"] == pytest.approx(sum(nbytes["sent"]) / us["max"] / 1e3)
+        assert gbps["selections"]["per_rank"] == pytest.approx(sum(nbytes["selections"]) / us["max"] / 1e3 / n)
+        assert found["bound_us"] > 0
+    assert result["pair"]["bound_us"] == pytest.approx(result["dispatch"]["bound_us"] + result["combine"]["bound_us"])
+
+
+def test_sweep(tmp_path, device):
+    """Table, progress bar, JSON and plot of a sweep; the results are the oracle's."""
+    files = tmp_path / "a.json", tmp_path / "a.png"
+    (status, out, err), (other_status, *other) = ranks.run(
+        2, bench, *SMALL, "--sweep", "tokens=8,4", "--check", "--json", str(files[0]), "--plot", str(files[1]))
+    assert status == other_status == 0 and other == ["", ""], "rank 0 alone speaks"
+    for text in ("2 ranks", f"engine      {device}", "tokens swept, hidden 64, top-3, 8 experts", "equal the oracle's", "memcpy"):
+        assert text in out or text == "memcpy" and device == "cuda"
+    assert "2/2" in err, "the progress bar"
+    modes = ["eager", "graph"] if device == "cuda" else ["eager"]
+    lines = [line.split() for line in out.splitlines()]
+    rows = [line[:3] for line in lines if line[2:3] in (["dispatch"], ["combine"], ["pair"])]
+    assert rows == [[tokens, mode, name] for tokens in "84" for mode in modes for name in ("dispatch", "combine", "pair")]
+    written = json.loads(files[0].read_text())
+    assert written["machine"]["engine"] == device and written["machine"]["ranks"] == 2 and "numba" in written["machine"]["versions"]
+    assert written["options"]["layout"] == "expert-major" and written["options"]["iterations"] == 2
+    assert [(r["tokens"], r["mode"]) for r in written["results"]] == [(t, mode) for t in (8, 4) for mode in modes]
+    for result in written["results"]:
+        assert_result(result, 2, modes)
+        assert result["dispatch"]["bytes"]["selections"] == [2 * 64 * 3 * result["tokens"]] * 2
+    assert files[1].read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and files[1].stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("argv", [
+    ["--combine", "reduced"],
+    ["--layout", "rank-major", "--dtype", "fp8", "--round-scale", "--ue8m0", "--hidden", "1536"],
+])
+def test_other_modes(argv, device):
+    """Checked against the oracle, so they run in the mode that they say."""
+    (status, out, _), _ = ranks.run(2, bench, *SMALL, "--check", *argv)
+    assert status == 0 and "equal the oracle's" in out
+    assert ("rank-major; combine bf16, reduced" if "rank-major" in argv else "expert-major; combine bf16, reduced") in out
+
+
+def bench_with_wrong(comm, operation):
+    """The command where rank 1 gets the lowest bit of each value of the operation's result wrong."""
+    right = getattr(pyep.Buffer, operation)
+
+    def wrong(self, *args, **options):
+        result = right(self, *args, **options)
+        if self.rank == 1:
+            result[0].view("uint16")[:] ^= 1
+        return result
+    with mock.patch.object(pyep.Buffer, operation, wrong):
+        return bench(comm, *SMALL, "--check")
+
+
+@pytest.mark.parametrize("operation, name", [("low_latency_dispatch", "recv_x"), ("low_latency_combine", "combined_x")])
+def test_check_fails(operation, name):
+    (status, out, err), other = ranks.run(2, bench_with_wrong, operation)
+    assert status == 1 and other == (1, "", "") and out == "", "nothing is timed"
+    assert "--check failed" in err and f"values of {name} differ, first at (0, 0" in err
+    assert "rank 1: " in err and "rank 0: " not in err
+
+
+def bench_by_a_fake_clock(comm):
+    """The calls of this rank, and the JSON's result.  A repeat to warm up takes 100 s, then 1, 2 and 3; on rank 1 double."""
+    calls, ticks = [], itertools.cycle((100, 1, 2, 3))
+
+    def recorded(operation):
+        right = getattr(pyep.Buffer, operation)
+        return mock.patch.object(pyep.Buffer, operation, lambda *a, **b: calls.append(operation[12]) or right(*a, **b))
+
+    def seconds(self, run):
+        run()
+        return next(ticks) * (comm.rank + 1)
+    with recorded("low_latency_dispatch"), recorded("low_latency_combine"), mock.patch.object(devices.OnCpu, "seconds", seconds):
+        _, out, _ = bench(comm, *SMALL, "--json", "-")
+    return "".join(calls), out and json.loads(out)["results"][0]
+
+
+@cpu_only
+def test_what_is_timed():
+    """A pair that compiles, then 4 times 2 of each kind; the combines reuse a dispatch, and warm-up does not count."""
+    (calls, result), (other_calls, _) = ranks.run(2, bench_by_a_fake_clock)
+    assert calls == other_calls == "dc" + "d" * 8 + "c" * 8 + "dc" * 8
+    for name in ("dispatch", "combine", "pair"):
+        assert result[name]["latency_us"] == {"max": 2e6, "avg": 1.5e6, "min": 1e6, "spread": 2e6, "by_rank": [1e6, 2e6]}
+
+
+@pytest.mark.parametrize("module", [(), ("-m", "mpi4py")])
+def test_command(module):
+    """With and without -m mpi4py; the JSON alone on stdout."""
+    done = command(2, *SMALL, "--json", "-", "--link-gbps", "100", module=module)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)["results"][0]
+    assert_result(result, 2, ("eager", "graph"))
+    sent = result["dispatch"]["bytes"]
+    assert result["dispatch"]["bound_us"] == pytest.approx(max(sent["sent"] + sent["received"]) / 100e3)
+    assert "bound       wire bytes of the busiest rank and direction / 100 GB/s" in done.stderr
+
+
+def test_bad_options_of_the_command():
+    """Said once, and the exit status is 2."""
+    done = command(2, "--tokens", "-1", module=())
+    assert done.returncode == 2 and done.stderr.count("error: argument --tokens") == 1 and done.stdout == ""
+
+
+@cpu_only
+def test_a_rank_that_fails_ends_all():
+    """Also without -m mpi4py, and long before the others would time out."""
+    wrong = ("-n", "1", "env", "PYEP_CPU_SHAPE=junk", sys.executable, "-m", "pyep", "bench", "ll", *SMALL, ":")
+    done = command(1, *SMALL, module=(), before=wrong)
+    assert done.returncode not in (0, 2) and "PYEP_CPU_SHAPE is 'junk'" in done.stderr
+
+
+def test_torch():
+    pytest.importorskip("torch")
+    done = command(2, *SMALL, "--check", "--array", "torch")
+    assert done.returncode == 0 and "torch arrays" in done.stdout and "equal the oracle's" in done.stdout, done.stdout + done.stderr
