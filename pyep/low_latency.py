@@ -93,10 +93,10 @@ def shared_bytes(operation, shape, warps, announcers):
     word, ranks, topk = layout.WORD, layout.align(shape.num_ranks, 4), layout.align(shape.num_topk, 4)
     if operation == "dispatch":
         groups, local = (shape.num_ranks, 1) if shape.rank_major else (shape.num_experts, shape.local_experts)
-        announce = 4 * chunk(shape) * shape.num_topk * (1 + shape.weighted) + word * -(-groups // announcers)
+        announce = layout.align(4 * chunk(shape) * shape.num_topk * (1 + shape.weighted), word) + word * -(-groups // announcers)
         send = word * warps * (1 + shape.num_ranks)
         receive = word * (shape.num_ranks * (1 + local) + warps * (2 + shape.num_topk))
-        return layout.align(max(announce, send, receive), word)
+        return max(announce, send, receive)
     if not shape.reduced:
         return 2 * word * warps * topk
     return 2 * word * warps * ((1 if shape.rank_major else topk) + ranks)
@@ -109,10 +109,11 @@ def make_plan(engine, shape, index_bytes, rank):
     for operation, kernel in (("dispatch", dispatch), ("combine", combine_reduced if shape.reduced else combine)):
         row_bytes = shape.wire_bytes if operation == "dispatch" else shape.row_bytes
         threads = engine.threads_for_row(row_bytes)
-        for phase, blocks, senders, receivers in engine.phases(operation):
+        for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders
             shared = shared_bytes(operation, shape, engine.warps(threads), announcers)
-            parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes))
+            parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes),
+                              NEIGHBOURS=engine.neighbours(threads))
             jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
     plan = Plan(shape, {}, {})

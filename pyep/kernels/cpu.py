@@ -81,10 +81,14 @@ class CpuEngine:
         """How many 16-byte pieces of a row a lane moves for its warp: all, so that a warp looks up once what it does with a row."""
         return -(-row_bytes // (16 * self.machine.warp))
 
+    def neighbours(self, threads):
+        """How many warps of a block move slices that lie next to each other."""
+        return 1
+
     def warps(self, threads):
         return threads // self.machine.warp
 
-    def phases(self, operation):
+    def phases(self, operation, threads, ranks):
         """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need.
 
         Sending and receiving at once gains nothing where threads take turns on a few cores, so there is no "both".

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import inspect
+import math
 import os
 import re
 
@@ -16,6 +17,7 @@ from numba import cuda, types
 from . import cache
 from .op import CUDA, bind
 
+SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a sixth those to more: a row is loaded once for all
 LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
 
 
@@ -31,11 +33,18 @@ def no_garbage_collection():
             gc.enable()
 
 
+def resident_blocks(threads):
+    """How many blocks of so many threads share a multiprocessor: small ones are two, to have as many loads under way as a large
+    one."""
+    return 2 if threads <= 512 else 1
+
+
 def ptx(fn, threads, cc=(9, 0), **constants):
     """PTX of a kernel for blocks of `threads`; its entry is named pyep_<function>."""
     signature = types.void(*[types.int64] * len(inspect.signature(fn).parameters))
     with no_garbage_collection():
-        text, _ = cuda.compile_ptx(bind(fn, CUDA, **constants), signature, device=False, cc=cc, launch_bounds=(threads, 1))
+        text, _ = cuda.compile_ptx(bind(fn, CUDA, **constants), signature, device=False, cc=cc,
+                                   launch_bounds=(threads, resident_blocks(threads)))
     return text.replace(re.search(r"\.entry (\w+)", text)[1], "pyep_" + fn.__name__)
 
 
@@ -109,13 +118,17 @@ class CudaEngine:
         """How many 16-byte pieces of a row a lane moves for its warp: one, since there are warps enough."""
         return 1
 
+    def neighbours(self, threads):
+        """How many warps of a block move slices that lie next to each other."""
+        return math.gcd(threads // 32, 4)
+
     def warps(self, threads):
         return threads // 32
 
-    def phases(self, operation):
+    def phases(self, operation, threads, ranks):
         """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need."""
-        blocks = self.multiprocessors
-        senders = max(1, blocks // 6) if operation == "dispatch" else blocks      # a sixth of the GPU fills the link
+        blocks = self.multiprocessors * resident_blocks(threads)
+        senders = max(1, blocks // SENDING[ranks > 2]) if operation == "dispatch" else blocks
         receivers = blocks - senders if operation == "dispatch" else blocks
         return ("both", blocks, senders, receivers), ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
 

@@ -104,7 +104,7 @@ def announce(part, parts, watch, me, lag, half, topk_idx, topk_weights, num_toke
     Shared memory: the staged selections, then how many of each of this block's groups were numbered so far.
     """
     base, _, epoch = watch
-    numbered = shared() + 4 * CHUNK * TOPK * (1 + WEIGHTED)
+    numbered = shared() + (4 * CHUNK * TOPK * (1 + WEIGHTED) + 7 & -8)
     first = 0
     while first < num_tokens or first == 0:
         tokens = num_tokens - first if num_tokens - first < CHUNK else CHUNK

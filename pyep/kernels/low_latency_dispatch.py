@@ -199,7 +199,9 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
                 clear_tails(part, parts, recv_topk_idx, weight_of)
         slot, done = lists, 0
         row, offset = row_slot(watch, me, half, x, unit), 16 * thread_rank()
-        look = ld16_relaxed_if(row + offset, unit < units and offset < WIRE_BYTES)        # what comes has come with the counts
+        # A first look before it is known whether the row comes here: what does has come about when the counts have.
+        exists = unit < units and udiv(unit, RANKS) < ld8_shared(shared() + 8 * source_of(unit, me))
+        look = ld16_relaxed_if(row + offset, exists and offset < WIRE_BYTES)
         if lane() == 0:
             st8_shared(entries - 8, count)
         syncwarp()
