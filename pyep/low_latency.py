@@ -102,18 +102,26 @@ def shared_bytes(operation, shape, warps, announcers):
     return 2 * word * warps * ((1 if shape.rank_major else topk) + ranks)
 
 
+def cuts(engine, shape, threads):
+    """How the senders of a dispatch cut rows: each cut is a whole number of what a team moves at a time."""
+    teams = engine.cuts(threads)
+    lanes = min(8, engine.warp)                                  # that share a block of FP8, see `pyep.kernels.quantize`
+    at_a_time = layout.FP8_BLOCK * (threads // teams // lanes) if shape.fp8 else 16 * (threads // teams)
+    return dict(CUTS=teams, CUT_BYTES=layout.align(-(-shape.data_bytes // teams), at_a_time))
+
+
 def make_plan(engine, shape, index_bytes, rank):
     """Compile the kernels of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
     jobs = {}
     values = constants(shape, index_bytes)
     for operation, kernel in (("dispatch", dispatch), ("combine", combine_reduced if shape.reduced else combine)):
-        row_bytes = shape.wire_bytes if operation == "dispatch" else shape.row_bytes
+        row_bytes = shape.data_bytes if operation == "dispatch" else shape.row_bytes
         threads = engine.threads_for_row(row_bytes)
         for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders
-            shared = shared_bytes(operation, shape, engine.warps(threads), announcers)
+            shared = shared_bytes(operation, shape, threads // engine.warp, announcers)
             parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes),
-                              NEIGHBOURS=engine.neighbours(threads))
+                              NEIGHBOURS=engine.neighbours(threads), **cuts(engine, shape, threads))
             jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
     plan = Plan(shape, {}, {})

@@ -889,7 +889,7 @@ def test_good_shapes_of_the_cpu(monkeypatch):
     monkeypatch.setenv("PYEP_CPU_SHAPE", "3,64,32")
     assert (CpuEngine().blocks, CpuEngine().machine) == (3, Cpu(64, 32))
     engine = CpuEngine("2,8,4")                     # an argument comes before the environment
-    assert (engine.blocks, engine.machine, engine.threads_for_row(1 << 20), engine.warps(8)) == (2, Cpu(8, 4), 8, 2)
+    assert (engine.blocks, engine.machine, engine.threads_for_row(1 << 20), engine.warp) == (2, Cpu(8, 4), 8, 4)
 
 
 def test_engine_runs_its_shape():

@@ -71,7 +71,7 @@ class CpuEngine:
             raise ValueError(f"PYEP_CPU_SHAPE is {text!r}: at most {MAX_BLOCKS} blocks are possible")
         if min(self.blocks, threads, warp) < 1 or threads % warp or warp > 32 or warp & (warp - 1):
             raise ValueError(f"PYEP_CPU_SHAPE is {text!r}: the warp must be 1, 2, 4, 8, 16 or 32 and divide the threads")
-        self.machine = Cpu(threads, warp)
+        self.machine, self.warp = Cpu(threads, warp), warp
 
     def threads_for_row(self, row_bytes):
         """Threads of a block that moves rows: the shape decides."""
@@ -81,12 +81,13 @@ class CpuEngine:
         """How many 16-byte pieces of a row a lane moves for its warp: all, so that a warp looks up once what it does with a row."""
         return -(-row_bytes // (16 * self.machine.warp))
 
+    def cuts(self, threads):
+        """How many parts of a row, each for as many of a block's warps, a sender makes: more than one in wide shapes, to try it."""
+        return 2 if threads // self.warp % 2 == 0 else 1
+
     def neighbours(self, threads):
         """How many warps of a block move slices that lie next to each other."""
         return 1
-
-    def warps(self, threads):
-        return threads // self.machine.warp
 
     def phases(self, operation, threads, ranks):
         """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need.

@@ -99,7 +99,7 @@ def _stream(handle):
 class CudaEngine:
     """One GPU as an engine."""
 
-    name = "cuda"
+    name, warp = "cuda", 32
 
     def __init__(self, index):
         device = Device(index)
@@ -118,12 +118,13 @@ class CudaEngine:
         """How many 16-byte pieces of a row a lane moves for its warp: one, since there are warps enough."""
         return 1
 
+    def cuts(self, threads):
+        """How many parts of a row, each for as many of a block's warps, a sender makes."""
+        return max(n for n in (1, 2, 3, 4, 5) if threads // 32 % n == 0)
+
     def neighbours(self, threads):
         """How many warps of a block move slices that lie next to each other."""
         return math.gcd(threads // 32, 4)
-
-    def warps(self, threads):
-        return threads // 32
 
     def phases(self, operation, threads, ranks):
         """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need."""

@@ -14,6 +14,9 @@ from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, place_se
                                    take_selections, take_token, tokens_of)
 from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, quantize, scale_of, span, team_size
 
+CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
+CUT_BYTES = 0                                   # of one of them
+
 # ---- send ------------------------------------------------------------------------------------------------------------
 
 
@@ -71,53 +74,75 @@ def send_fp8(slot, half, row, offset, low, high):
                 store_word_to_all(slot, half + at, 0)
 
 
-def look_at(row, offset, wanted):
-    """What a thread sends at a time, from `offset` in a row on (counted in the bytes that will travel)."""
+# A *unit* of the senders is a (token, cut), a cut being one of CUTS parts of a row.  The block's threads are as many *teams*, which
+# take units in turn: so all blocks end together, though tokens have more and less to send.
+
+
+def team_threads():
+    return udiv(num_threads(), CUTS)
+
+
+def team_bytes():
+    """What a team moves at a time; CUT_BYTES is a multiple of it."""
+    return span(team_threads()) if FP8 else 16 * team_threads()
+
+
+def row_of_unit(x, unit):
+    """The row of x that a unit is part of."""
+    return x + udiv(unit, CUTS) * ROW_BYTES
+
+
+def offset_of(unit, done):
+    """Where in that row (counted in the bytes that travel) a thread is once its team has done so many bytes of the cut."""
+    rank = umod(thread_rank(), team_threads())
+    return umod(unit, CUTS) * CUT_BYTES + done + (first_piece(rank) if FP8 else 16 * rank)
+
+
+def look_at(x, unit, done, num_tokens):
+    """What a thread sends of a unit at a time."""
+    offset = offset_of(unit, done)
+    wanted = unit < num_tokens * CUTS and offset < DATA_BYTES
     if FP8:
-        return load_piece(row, offset, wanted)
-    value = ld16_nc_if(row + offset, wanted)
+        return load_piece(row_of_unit(x, unit), offset, wanted)
+    value = ld16_nc_if(row_of_unit(x, unit) + offset, wanted)
     return value, value
 
 
 def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
-    """Each token to every rank that wants it: a warp lists a token's destinations, then the block sends the warps' tokens.
-
-    A thread loads what it sends next before it stores the last, so that no store waits for memory.
-    """
+    """Each token to every rank that wants it: a warp lists the destinations of a unit's token, then the teams send the warps'
+    units.  A thread loads what it sends next before it stores the last, so that no store waits for memory."""
     stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
-    warps, warp = num_warps(), warp_rank()
+    warps, warp, team = num_warps(), warp_rank(), udiv(thread_rank(), team_threads())
     end = shared() + warps * stride
-    mine = first_piece() if FP8 else 16 * thread_rank()
-    step = span() if FP8 else 16 * num_threads()
-    token, done = part, 0
-    low, high = look_at(x + token * ROW_BYTES, mine, token < num_tokens and mine < DATA_BYTES)
-    while token < num_tokens or token == part:
-        listed = token + warp * parts
+    units = num_tokens * CUTS
+    first, unit, done = part, part + team * parts, 0
+    low, high = look_at(x, unit, done, num_tokens)
+    while first < units or first == part:
+        listed = first + warp * parts
         count = 0
-        if listed < num_tokens:
-            count = list_destinations(shared() + warp * stride + 8, watch[0], me, topk_idx, listed)
+        if listed < units:
+            count = list_destinations(shared() + warp * stride + 8, watch[0], me, topk_idx, udiv(listed, CUTS))
         if lane() == 0:
             st8_shared(shared() + warp * stride, count)
-        if token > part:
+        if first > part:
             syncthreads()
         elif begin(watch, DISPATCH_CONSUMED, me, lag) == 0:
             return
-        slot = shared()
-        while token < num_tokens and slot < end:
-            at, row, offset, first, second = slot, x + token * ROW_BYTES, done + mine, low, high
-            done += step
-            if done >= DATA_BYTES:
+        slot = shared() + team * stride
+        while unit < units and slot < end:
+            at, offset, row, first_half, second_half = slot, offset_of(unit, done), row_of_unit(x, unit), low, high
+            done += team_bytes()
+            if done >= CUT_BYTES:
                 done = 0
-                token += parts
-                slot += stride
-            low, high = look_at(x + token * ROW_BYTES, done + mine, token < num_tokens and done + mine < DATA_BYTES)
+                unit += CUTS * parts
+                slot += CUTS * stride
+            low, high = look_at(x, unit, done, num_tokens)
             if FP8:
-                send_fp8(at, half, row, offset, first, second)
+                send_fp8(at, half, row, offset, first_half, second_half)
             elif offset < DATA_BYTES:
-                store_to_all(at, half + offset, present(first))
-        if token == part:
-            return                                               # no tokens
+                store_to_all(at, half + offset, present(first_half))
         syncthreads()
+        first += parts * warps
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------

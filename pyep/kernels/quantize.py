@@ -3,8 +3,7 @@
 A *team* of lanes (8 of a warp, fewer on a CPU with narrow warps) quantizes a block.  A *piece* is what a lane converts at a
 time: 16 values, 32 bytes of bf16, 16 bytes of e4m3.
 """
-from .lang import (amax8, bits_of, div, f32_of, lane, ld16_nc_if, num_threads, shfl_xor, thread_rank, to_e4m3, udiv, umod,
-                   warp_size)
+from .lang import amax8, bits_of, div, f32_of, ld16_nc_if, shfl_xor, to_e4m3, udiv, umod, warp_size
 from .low_latency import DATA_BYTES, POWERS_OF_2
 
 PIECES = 8                                      # in a block
@@ -15,14 +14,14 @@ def team_size():
     return PIECES if warp_size() >= PIECES else warp_size()
 
 
-def first_piece():
-    """Where this thread's first piece is in the e4m3 that its block of threads quantizes at a time."""
-    return 16 * (PIECES * udiv(thread_rank(), team_size()) + umod(lane(), team_size()))
+def first_piece(rank):
+    """Where the first piece of a thread is in the e4m3 that it quantizes at a time with others; rank: among them."""
+    return 16 * (PIECES * udiv(rank, team_size()) + umod(rank, team_size()))
 
 
-def span():
-    """Bytes of e4m3 that a block of threads quantizes at a time."""
-    return 16 * PIECES * udiv(num_threads(), team_size())
+def span(threads):
+    """Bytes of e4m3 that so many threads quantize at a time."""
+    return 16 * PIECES * udiv(threads, team_size())
 
 
 def load_piece(row, offset, wanted):
