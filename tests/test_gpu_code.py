@@ -1,10 +1,11 @@
 """What a GPU will run, checked without one: the PTX, what the assembler says of it, and the machine code.
 
-The kernels are compiled as CudaEngine does it for a GPU of 132 multiprocessors (H100, H200): every launch of one
-published shape, and of two odd shapes those that send and receive at once.
+The kernels are compiled as CudaEngine does it for a GPU of 132 multiprocessors (H100, H200).  A kernel takes seconds, and modes
+and phases make many of them: COMPILED are those that differ most.  At the end, what LLVM made of the kernels for the CPU.
 """
 import functools
 import importlib.util
+import inspect
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import tempfile
 from types import FunctionType
 from typing import NamedTuple
 
+import numba
 import pytest
 
 pytest.importorskip("cuda.core")
@@ -22,9 +24,10 @@ import test_lang  # noqa: E402
 from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: E402
 
 from pyep.kernels import cuda, lang  # noqa: E402
+from pyep.kernels.cpu import CpuEngine  # noqa: E402
 from pyep.kernels.lang import ld4_nc_if, ld8_nc_if, ld8_relaxed_if, st8  # noqa: E402
-from pyep.kernels.op import Op  # noqa: E402
-from pyep.layout import LowLatency  # noqa: E402
+from pyep.kernels.op import Op, bind  # noqa: E402
+from pyep.layout import DATA, LowLatency  # noqa: E402
 from pyep.low_latency import make_plan  # noqa: E402
 
 try:
@@ -33,50 +36,72 @@ try:
 except DynamicLibNotFoundError as error:
     pytest.skip(f"nothing to compile with: {error}", allow_module_level=True)
 
-REGISTERS = 65536                       # of a multiprocessor
-SHARED = 227 << 10                      # bytes of shared memory that a block may have
-WARP = 32
+MULTIPROCESSORS, WARP = 132, 32
+REGISTERS, THREADS = 65536, 2048                # of a multiprocessor
+SHARED, BLOCK_SHARED = 228 << 10, 227 << 10     # bytes of shared memory of a multiprocessor; that a block may have
+SYSTEM_SHARED = 1 << 10                         # bytes that the system takes for itself in each block
 
-# name: (shape, bytes of an entry of topk_idx, threads of a block)
+DEPLOYED = LowLatency(num_ranks=4, max_tokens=128, hidden=7168, num_experts=256, num_topk=8)
+
+# name: (shape, bytes of an entry of topk_idx)
 SHAPES = {
-    "published": (LowLatency(num_ranks=4, max_tokens=128, hidden=7168, num_experts=256, num_topk=8), 8, 896),
-    "smallest rows": (LowLatency(num_ranks=3, max_tokens=5, hidden=8, num_experts=6, num_topk=1), 4, 32),
-    "large rows": (LowLatency(num_ranks=8, max_tokens=128, hidden=16384, num_experts=64, num_topk=6), 8, 1024),
+    "direct": (DEPLOYED, 8),
+    "reduced": (DEPLOYED._replace(data="fp8", weighted=True), 8),
+    "rank-major": (DEPLOYED._replace(data="fp8_ue8m0", rank_major=True, weighted=True), 8),
+    "large": (LowLatency(num_ranks=8, max_tokens=128, hidden=16384, num_experts=64, num_topk=6, data="fp8"), 4),
+}
+
+# Every kind of combine; each role of each operation also alone; "large", whose blocks leave a thread the fewest registers.
+COMPILED = {
+    "direct": ("dispatch-both", "combine-both", "combine-send", "combine-receive"),
+    "reduced": ("dispatch-both", "combine-both"),
+    "rank-major": ("dispatch-send", "dispatch-receive", "combine-both"),
+    "large": ("dispatch-both", "combine-both"),
 }
 
 
 class Launch(NamedTuple):
-    """What CudaEngine.kernel is asked for."""
+    """What an engine is asked for."""
 
     fn: object
     blocks: int
     threads: int
     shared_bytes: int
+    overlap: bool
     constants: dict
 
+    @property
+    def resident(self):
+        """Blocks that a multiprocessor must hold at once: all blocks of a grid run together."""
+        return -(-self.blocks // MULTIPROCESSORS)
 
-class Blueprint(cuda.CudaEngine):
-    """The engine of a GPU that is not there: it notes its launches."""
+
+class Notes:
+    """An engine that compiles nothing: it notes its launches."""
+
+    def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
+        return Launch(fn, blocks, threads, shared_bytes, overlap, constants)
+
+
+class Gpu(Notes, cuda.CudaEngine):
+    """The engine of a GPU that is not there."""
 
     def __init__(self):
-        self.index, self.cc, self.multiprocessors = 0, (9, 0), 132
-
-    def kernel(self, fn, blocks, threads, shared_bytes=0, **constants):
-        return Launch(fn, blocks, threads, shared_bytes, constants)
+        self.index, self.cc, self.multiprocessors = 0, (9, 0), MULTIPROCESSORS
 
 
-def launches():
-    """All that is compiled here: {(name of the shape, operation, phase): Launch}."""
-    chosen = {}
-    for name, (shape, index_bytes, _) in SHAPES.items():
-        plan = make_plan(Blueprint(), shape, index_bytes, 0)
-        for operation, phases in (("dispatch", plan.dispatch), ("combine", plan.combine)):
-            chosen |= {(name, operation, phase): launch for phase, launch in phases.items()
-                       if name == "published" or phase == "both"}
-    return chosen
+class OneThread(Notes, CpuEngine):
+    """The engine of the CPU in its usual shape."""
+
+    def __init__(self):
+        super().__init__("1,1,1")
 
 
-LAUNCHES = launches()
+def launches(engine, shape, index_bytes):
+    """All launches of a shape: {"operation-phase": Launch}."""
+    plan = make_plan(engine, shape, index_bytes, 0)
+    return {f"{operation}-{phase}": launch for operation in ("dispatch", "combine")
+            for phase, launch in getattr(plan, operation).items()}
 
 
 # ---- compiling and taking apart --------------------------------------------------------------------------------------
@@ -96,15 +121,74 @@ def compiled(fn, threads, constants=()):
     return Code(text, log, cubin)
 
 
-def code_of(key):
-    launch = LAUNCHES[key]
-    return compiled(launch.fn, launch.threads, tuple(sorted(launch.constants.items())))
+class Case(NamedTuple):
+    """A kernel of COMPILED, as it is launched."""
+
+    shape: LowLatency
+    operation: str
+    phase: str
+    launch: Launch
+
+    @property
+    def roles(self):
+        return {"send", "receive"} if self.phase == "both" else {self.phase}
+
+    @property
+    def quantizes(self):
+        return self.operation == "dispatch" and self.shape.fp8 and "send" in self.roles
+
+    @property
+    def sums(self):
+        """Receivers of a combine sum; and its senders, if they reduce first (rank-major, the caller has done that)."""
+        reduces = self.shape.reduced and not self.shape.rank_major
+        return self.operation == "combine" and ("receive" in self.roles or reduces)
+
+    @property
+    def code(self):
+        return compiled(self.launch.fn, self.launch.threads, tuple(sorted(self.launch.constants.items())))
+
+    @property
+    def sass(self):
+        return sass(self.code.cubin)
+
+    @property
+    def opcodes(self):
+        return set(opcodes(self.code.cubin))
 
 
-@pytest.fixture(scope="module", params=LAUNCHES, ids="-".join)
-def case(request):
-    """(operation, phase, Launch, Code) of one launch."""
-    return *request.param[1:], LAUNCHES[request.param], code_of(request.param)
+def case_of(name, which):
+    shape, index_bytes = SHAPES[name]
+    return Case(shape, *which.split("-"), launches(Gpu(), shape, index_bytes)[which])
+
+
+CASES = {f"{name}-{which}": case_of(name, which) for name in COMPILED for which in COMPILED[name]}
+
+
+def cases(operation=None):
+    """Run a test for each kernel of COMPILED (of an operation)."""
+    chosen = [pytest.param(case, id=name) for name, case in CASES.items() if operation in (None, case.operation)]
+    return pytest.mark.parametrize("case", chosen)
+
+
+class Instruction(NamedTuple):
+    """One of machine code.
+
+    A load counts one of six *scoreboards* up (`sets`) and down again once its result is there; an instruction starts when all
+    scoreboards that it names (`waits`, bit i for number i) are 0.  What waits for a load so waits for all loads that share its
+    scoreboard.
+    """
+
+    label: str                                  # a branch may lead here, if not empty
+    guard: str
+    opcode: str
+    operands: str
+    sets: int
+    waits: int
+
+    @property
+    def name(self):
+        """The opcode without modifiers."""
+        return self.opcode.split(".")[0]
 
 
 @functools.cache
@@ -117,18 +201,41 @@ def nvdisasm():
     return None
 
 
-@functools.cache
-def sass(cubin):
-    """The opcodes of machine code, with their modifiers, in order."""
+def disassembled(cubin):
+    """nvdisasm's text, in which every instruction has its 128 bits beside it, the upper 64 on a line of their own."""
     if nvdisasm() is None:
         pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "kernel.cubin")
         pathlib.Path(file).write_bytes(cubin)
-        text = subprocess.run([nvdisasm(), "-c", file], capture_output=True, text=True, check=True).stdout
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M)
-    assert "EXIT" in opcodes, text[:2000]
-    return opcodes
+        return subprocess.run([nvdisasm(), "-c", "-hex", file], capture_output=True, text=True, check=True).stdout
+
+
+LABEL = r"^(?P<label>[\w.$]+):$"
+INSTRUCTION = (r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+)?\s*(?P<opcode>[A-Z][\w.]*)(?P<operands>.*?);.*"
+               r"\n\s+/\* 0x(?P<upper>[0-9a-f]{16}) \*/")
+
+
+@functools.cache
+def sass(cubin):
+    """The instructions of machine code, in order."""
+    instructions, label = [], ""
+    for m in re.finditer(f"{LABEL}|{INSTRUCTION}", disassembled(cubin), re.M):
+        if m["label"]:
+            label = m["label"]
+            continue
+        # From bit 41 on: 4 bits of cycles to stall, 1 to yield, 3 and 3 for the scoreboards set (by results; by operands read), 6
+        # for those waited for (Jia et al., "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", 2018, section 2).
+        control = int(m["upper"], 16) >> 41
+        instructions.append(Instruction(label, m["guard"] or "", m["opcode"], m["operands"], control >> 5 & 7, control >> 11 & 63))
+        label = ""
+    assert any(i.name == "EXIT" for i in instructions) and all(i.sets < 6 for i in instructions if i.name == "LDG")
+    return instructions
+
+
+def opcodes(cubin):
+    """Opcodes with their modifiers, in order."""
+    return [i.opcode for i in sass(cubin)]
 
 
 def memory_instructions(text):
@@ -144,24 +251,28 @@ def used(log):
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 def test_every_kernel_file_is_known():
-    """A new file of kernels must be added here: to LAUNCHES, if it has kernels of its own."""
+    """A new file of kernels must be added here: to COMPILED, if it has kernels of its own."""
     tools = {"__init__", "cache", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
-    assert files - tools == {"low_latency", "low_latency_dispatch", "low_latency_combine"}
+    assert files - tools == {"low_latency", "low_latency_announce", "low_latency_dispatch", "low_latency_combine",
+                             "low_latency_reduce", "quantize"}
 
 
-def test_launches_by_hand():
-    """132 blocks; in a dispatch a sixth of them send while the others receive."""
-    roles = {key[1:]: (launch.constants["SENDERS"], launch.constants["RECEIVERS"]) for key, launch in LAUNCHES.items()}
-    assert roles == {
-        ("dispatch", "both"): (22, 110), ("dispatch", "send"): (132, 0), ("dispatch", "receive"): (0, 132),
-        ("combine", "both"): (132, 132), ("combine", "send"): (132, 0), ("combine", "receive"): (0, 132)}
-    for (name, _, _), launch in LAUNCHES.items():
-        assert (launch.blocks, launch.threads) == (132, SHAPES[name][2])
-
-
-def test_shared_memory_fits():
-    assert all(0 < launch.shared_bytes <= SHARED for launch in LAUNCHES.values())
+@pytest.mark.parametrize("shape", [DEPLOYED, SHAPES["large"][0]], ids=["deployed", "large"])
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("rank_major", [False, True], ids=["expert-major", "rank-major"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+def test_launches(shape, data, rank_major, weighted):
+    """Every block has a role, all fit on the GPU at once, and they may start while the kernel before them ends."""
+    shape = shape._replace(data=data, rank_major=rank_major, weighted=weighted)
+    for which, launch in launches(Gpu(), shape, 8).items():
+        senders, receivers = launch.constants["SENDERS"], launch.constants["RECEIVERS"]
+        assert max(senders, receivers) <= launch.blocks <= senders + receivers
+        assert (senders > 0, receivers > 0) == ("receive" not in which, "send" not in which)
+        assert launch.threads % WARP == 0 and launch.threads * launch.resident <= THREADS
+        assert 0 < launch.shared_bytes <= BLOCK_SHARED
+        assert launch.resident * (launch.shared_bytes + SYSTEM_SHARED) <= SHARED
+        assert launch.overlap
 
 
 # ---- PTX -------------------------------------------------------------------------------------------------------------
@@ -169,18 +280,21 @@ def test_shared_memory_fits():
 ROWS_READ, ROWS_SENT = "ld.global.nc.L1::no_allocate.v2.s64", "st.relaxed.sys.global.L1::no_allocate.v2.s64"
 ROWS_POLLED, ROWS_KEPT = "ld.relaxed.sys.global.L1::no_allocate.v2.s64", "st.global.L1::no_allocate.v2.s64"
 WORDS_POLLED, WORDS_SENT = "ld.relaxed.sys.global.s64", "st.relaxed.sys.global.s64"
-CONSUMED = ["st.release.sys.global.s64", "ld.acquire.sys.global.s64"]       # told to the peers, awaited from them
-GIVING_UP = ["atom.acq_rel.sys.global.cas.b64", "st.release.sys.global.s64", "%globaltimer", "nanosleep.u32"]
+CONSUMED = ["st.release.sys.global.s64", WORDS_POLLED]                      # told to the peers, awaited from them
+GIVING_UP = ["atom.relaxed.gpu.global.cas.b64", "st.release.sys.global.s64", "%globaltimer", "nanosleep.u32"]
+OVERLAP = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 LISTS = ["vote.sync.ballot.b32", "ld.shared.b64", "st.shared.b64", "bar.sync"]
 SUMS = ["fma.rn.f32", "cvt.rn.bf16x2.f32"]
+DIVISION = "div.rn.f32"
+QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", DIVISION, "cvt.rn.satfinite.e4m3x2.f32", "st.relaxed.sys.global.u32"]
 
 MEANT = {
     ("dispatch", "send"): [ROWS_READ, ROWS_SENT, WORDS_SENT, *CONSUMED, *LISTS],
     ("dispatch", "receive"): [ROWS_POLLED, ROWS_KEPT, WORDS_POLLED, "st.global.u32", *LISTS],
     ("combine", "send"): [ROWS_READ, ROWS_SENT, *CONSUMED, "bar.sync"],
-    ("combine", "receive"): [ROWS_POLLED, ROWS_KEPT, *SUMS, *LISTS],
+    ("combine", "receive"): [ROWS_POLLED, ROWS_KEPT, *LISTS],
 }
-NOT_MEANT = {"send": [ROWS_POLLED, ROWS_KEPT, *SUMS], "receive": [ROWS_READ, ROWS_SENT]}
+OF_ONE_ROLE = {"send": [ROWS_READ, ROWS_SENT], "receive": [ROWS_POLLED, ROWS_KEPT]}
 
 # Weak accesses to single words: the tables and counters that no other rank touches meanwhile.
 WEAK = {"ld.global.s64", "ld.global.nc.s64", "ld.global.nc.s32", "st.global.s64", "st.global.u32"}
@@ -188,99 +302,162 @@ OPS = {name: op for name, op in vars(lang).items() if isinstance(op, Op)}
 KNOWN = set().union(*[memory_instructions(op.ptx) for op in OPS.values() if isinstance(op.ptx, str)])
 
 
-def phases_of(phase):
-    return ("send", "receive") if phase == "both" else (phase,)
-
-
+@cases()
 def test_ptx_is_for_the_gpu_and_the_block(case):
-    operation, _, launch, code = case
-    assert ".target sm_90" in code.ptx
-    assert re.search(rf"\.maxntid\s+{launch.threads}\b", code.ptx)
-    assert re.findall(r"\.entry (\w+)", code.ptx) == ["pyep_" + operation]
+    assert ".target sm_90" in case.code.ptx
+    assert re.search(rf"\.maxntid\s+{case.launch.threads}\b", case.code.ptx)
+    assert re.findall(r"\.entry (\w+)", case.code.ptx) == ["pyep_" + case.launch.fn.__name__]
 
 
+@cases()
 def test_ptx_has_what_is_meant(case):
-    operation, phase, _, code = case
-    meant = [instruction for p in phases_of(phase) for instruction in [*MEANT[operation, p], *GIVING_UP]]
-    assert [instruction for instruction in meant if instruction not in code.ptx] == []
+    meant = GIVING_UP + OVERLAP + SUMS * case.sums + QUANTIZING * case.quantizes
+    for role in case.roles:
+        meant = meant + MEANT[case.operation, role]
+    assert [instruction for instruction in meant if instruction not in case.code.ptx] == []
 
 
-def test_ptx_holds_one_role_only(case):
-    operation, phase, _, code = case
-    absent = NOT_MEANT.get(phase, []) + (SUMS if operation == "dispatch" else [])
-    assert [instruction for instruction in absent if instruction in code.ptx] == []
+@cases()
+def test_ptx_has_only_what_is_meant(case):
+    absent = SUMS * (not case.sums) + QUANTIZING * (not case.quantizes)
+    for role in OF_ONE_ROLE.keys() - case.roles:
+        absent = absent + OF_ONE_ROLE[role]
+    assert [instruction for instruction in absent if instruction in case.code.ptx] == []
 
 
+@cases()
 def test_helpers_are_inlined_and_nothing_is_in_local_memory(case):
-    code = case[-1]
     for word in ("call.uni", "call (", ".extern .func", ".local"):
-        assert word not in code.ptx
+        assert word not in case.code.ptx
 
 
+@cases()
 def test_memory_is_accessed_by_ops_alone(case):
     """Numba and LLVM add no access of their own, and single words go without an order only where it is meant."""
-    found = memory_instructions(case[-1].ptx)
+    found = memory_instructions(case.code.ptx)
     assert found <= KNOWN
     weak_words = {i for i in found if re.match(r"(ld|st)\.global\.(?!.*\.v2)", i)}
     assert weak_words <= WEAK
 
 
+@cases()
 def test_arithmetic_is_exact_and_fast(case):
-    """No flushing of subnormals, no approximations, no division at run time."""
-    text = case[-1].ptx
-    assert re.findall(r"\b\w+[\w.]*\.(?:ftz|approx)\b", text) == []
-    assert re.findall(r"\b(?:div|rem)\.\w+", text) == []
+    """No flushing of subnormals, no approximations; at run time no division but those that the scales of FP8 are."""
+    assert re.findall(r"\b\w+[\w.]*\.(?:ftz|approx)\b", case.code.ptx) == []
+    assert set(re.findall(r"\b(?:div|rem)\.[\w.]+", case.code.ptx)) == ({DIVISION} if case.quantizes else set())
 
 
+@cases()
 def test_predicated_loads_keep_their_address(case):
     """The *_if loads zero their result before they use the address: these must be different registers."""
-    loads = re.findall(r"@p ld\.\S+ (.+), \[(%\w+)\]", case[-1].ptx)
+    loads = re.findall(r"@p ld\.\S+ (.+), \[(%\w+)\]", case.code.ptx)
     assert [load for load in loads if load[1] in re.findall(r"%\w+", load[0])] == []
-    assert loads or case[:2] != ("combine", "receive")
+    assert loads
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
 
+@cases()
 def test_no_stack_and_no_spills(case):
     report = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    assert re.findall(report, case[-1].log) == [("0", "0", "0")]
+    assert set(re.findall(report, case.code.log)) == {("0", "0", "0")}
 
 
-def test_registers_of_a_block_fit(case):
+@cases()
+def test_registers_of_resident_blocks_fit(case):
     """A multiprocessor gives each warp registers in units of 256."""
-    _, _, launch, code = case
-    assert used(code.log) <= REGISTERS // launch.threads
-    assert launch.threads // WARP * -(-used(code.log) * WARP // 256) * 256 <= REGISTERS
+    warps = case.launch.resident * case.launch.threads // WARP
+    assert warps * -(-used(case.code.log) * WARP // 256) * 256 <= REGISTERS
 
 
-def test_machine_code_has_no_local_memory_and_no_calls(case):
-    opcodes = {opcode.split(".")[0] for opcode in sass(case[-1].cubin)}
-    assert opcodes & {"LDL", "STL", "CALL"} == set()
-    assert opcodes & {"LD", "ST", "ATOM"} == set()              # of generic addresses: LLVM lost track of what they are
+LOCAL = {"LDL", "STL"}
+GENERIC = {"LD", "ST", "ATOM"}                  # addresses of which LLVM lost track whether they are global or shared
+GLOBAL = {"LDG", "STG", "ATOMG", "REDG", "RED", "LDGSTS"}
+LEAVING = {"BRA", "BRX", "JMP", "JMX", "CALL", "RET", "EXIT"}
 
 
-VECTORS = {
-    ("dispatch", "send"): ["LDG.E.NA.128.CONSTANT", "STG.E.NA.128.STRONG.SYS"],
-    ("dispatch", "receive"): ["LDG.E.NA.128.STRONG.SYS", "STG.E.NA.128"],
-    ("combine", "send"): ["LDG.E.NA.128.CONSTANT", "STG.E.NA.128.STRONG.SYS"],
-    ("combine", "receive"): ["LDG.E.NA.128.STRONG.SYS", "STG.E.NA.128", "FFMA", "F2FP.BF16.F32.PACK_AB"],
+@cases()
+def test_machine_code_has_no_local_memory(case):
+    assert {i.name for i in case.sass} & (LOCAL | GENERIC) == set()
+
+
+@cases()
+def test_machine_code_calls_divisions_alone(case):
+    """A quotient takes a dozen instructions, and a call only where it may be subnormal, infinite or a NaN."""
+    calls = [i.operands for i in case.sass if i.name == "CALL"]
+    assert (len(calls) > 0) == case.quantizes and all(re.search("div_rn.*_f32", target) for target in calls)
+
+
+@cases()
+def test_nothing_is_touched_before_the_previous_kernel_has_ended(case):
+    """Kernels overlap: what stands before griddepcontrol.wait, which is ACQBULK, may run while the last one still stores."""
+    start = next(k for k, i in enumerate(case.sass) if i.label.endswith("pyep_" + case.launch.fn.__name__))
+    wait = next(k for k, i in enumerate(case.sass) if k >= start and i.name == "ACQBULK")
+    before = case.sass[start:wait]
+    assert {i.name for i in before} & (GLOBAL | GENERIC | LEAVING) == set()
+    assert case.sass[wait].guard == "" and not any(i.label for i in case.sass[start + 1:wait + 1])
+    assert "PREEXIT" in {i.name for i in case.sass[wait:]}       # griddepcontrol.launch_dependents
+
+
+ROWS = {        # (loads, stores) of 16 bytes
+    "send": ("LDG.E.NA.128.CONSTANT", "STG.E.NA.128.STRONG.SYS"),
+    "receive": ("LDG.E.NA.128.STRONG.SYS", "STG.E.NA.128"),
 }
 
 
+@cases()
 def test_machine_code_moves_vectors(case):
-    operation, phase, _, code = case
-    opcodes = set(sass(code.cubin))
-    assert [v for p in phases_of(phase) for v in VECTORS[operation, p] if v not in opcodes] == []
-    assert {"BAR.SYNC.DEFER_BLOCKING", "ATOMG.E.CAS.64.STRONG.SYS"} <= opcodes
+    meant = {"BAR.SYNC.DEFER_BLOCKING", "ATOMG.E.CAS.64.STRONG.GPU"}.union(*[ROWS[role] for role in case.roles])
+    assert meant <= case.opcodes
 
 
-@pytest.mark.parametrize("key", [k for k in LAUNCHES if k[1] == "combine" and k[2] != "send"], ids="-".join)
-def test_first_looks_are_under_way_at_once(key):
-    """A combine starts four loads of outputs before it uses the first, so that their latencies do not add up."""
-    opcodes = sass(code_of(key).cubin)
-    of_interest = [o for o in opcodes if o.startswith(("LDG.E.NA.128.STRONG", "STG.E.NA.128", "FFMA"))]
-    of_interest = of_interest[of_interest.index("LDG.E.NA.128.STRONG.SYS"):]
-    assert of_interest[:4] == ["LDG.E.NA.128.STRONG.SYS"] * 4
+@cases()
+def test_machine_code_converts_pairs(case):
+    assert ("F2FP.BF16.F32.PACK_AB" in case.opcodes) == case.sums
+    assert any(o.startswith("F2FP.SATFINITE.E4M3.F32") for o in case.opcodes) == case.quantizes
+
+
+# ---- what is under way at once ---------------------------------------------------------------------------------------
+
+def stretches(instructions):
+    """Machine code cut where branches lead to."""
+    cuts = [k for k, i in enumerate(instructions) if k == 0 or i.label]
+    return [instructions[a:b] for a, b in zip(cuts, [*cuts[1:], len(instructions)])]
+
+
+def under_way(instructions, opcode):
+    """How many loads of a kind there are, and how many of them are under way at the same time at most."""
+    scoreboards, most = [], 0
+    for i in instructions:
+        scoreboards = [s for s in scoreboards if not i.waits >> s & 1]
+        if i.opcode == opcode:
+            scoreboards.append(i.sets)
+            most = max(most, len(scoreboards))
+    return sum(i.opcode == opcode for i in instructions), most
+
+
+@cases("combine")
+def test_a_combine_loads_rows_at_once(case):
+    """Four loads are meant to be under way before the first is used, lest their latencies add up; no branches part them.
+
+    The assembler may hold one of them back, for want of a scoreboard or a register.
+    """
+    for role in case.roles - ({"send"} if case.shape.rank_major else set()):        # whose senders need one row at a time
+        found = [under_way(stretch, ROWS[role][0]) for stretch in stretches(case.sass)]
+        groups = [most for loads, most in found if loads >= 4]
+        assert groups and min(groups) >= 3
+
+
+@cases("dispatch")
+def test_a_dispatch_loads_ahead_of_its_stores(case):
+    """A load is under way while the row before it is stored.  (What a call waits for is rare: see the divisions.)"""
+    for role in case.roles:
+        (load, store), pending, overlaps = ROWS[role], [], 0
+        for i in case.sass:
+            pending = [s for s in pending if i.name == "CALL" or not i.waits >> s & 1]
+            overlaps += i.opcode == store and len(pending) > 0
+            pending += [i.sets] if i.opcode == load else []
+        assert overlaps > 0
 
 
 # ---- the language ----------------------------------------------------------------------------------------------------
@@ -324,16 +501,36 @@ def look(address, wanted, out):
 
 def test_words_that_may_be_unwanted_are_loaded_at_once():
     """Without a branch, so that their latencies do not add up."""
-    opcodes = sass(compiled(look, 32).cubin)
-    loads = [k for k, opcode in enumerate(opcodes) if opcode.startswith("LDG")]
+    code = sass(compiled(look, 32).cubin)
+    loads = [k for k, i in enumerate(code) if i.name == "LDG"]
     assert len(loads) == 4
-    between = {opcode.split(".")[0] for opcode in opcodes[loads[0]:loads[-1]]}
+    between = {i.name for i in code[loads[0]:loads[-1]]}
     assert between & {"BRA", "BSSY", "IADD3"} == set()
 
 
 def test_conversion_to_e4m3_takes_one_instruction_a_pair():
-    opcodes = sass(compiled(test_lang.quantize, 64).cubin)
-    assert opcodes.count("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C") == opcodes.count("FMUL") // 2 > 0
+    found = opcodes(compiled(test_lang.quantize, 64).cubin)
+    assert found.count("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C") == found.count("FMUL") // 2 > 0
+
+
+# ---- on the CPU ------------------------------------------------------------------------------------------------------
+
+CPU_SHAPES = {
+    "direct": LowLatency(num_ranks=1, max_tokens=8, hidden=512, num_experts=8, num_topk=3),
+    "reduced": LowLatency(num_ranks=2, max_tokens=8, hidden=512, num_experts=8, num_topk=8, data="fp8", weighted=True),
+    "rank-major": LowLatency(num_ranks=2, max_tokens=8, hidden=512, num_experts=8, num_topk=3, data="fp8_ue8m0", rank_major=True),
+}
+
+
+@pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
+def test_llvm_finds_no_way_unreachable(shape):
+    """LLVM once took a loop for one that never runs, led astray by loads behind branches, see `pyep.kernels.llvm.load_if`."""
+    engine = OneThread()
+    for which, launch in launches(engine, shape, 8).items():
+        signature = numba.void(*[numba.int64] * len(inspect.signature(launch.fn).parameters))
+        kernel = numba.njit(signature, nogil=True, error_model="numpy")(bind(launch.fn, engine.machine, **launch.constants))
+        text, = kernel.inspect_llvm().values()
+        assert "ret i32 0" in text and not re.search(r"^\s+unreachable$", text, re.M), which
 
 
 # ---- the disk cache --------------------------------------------------------------------------------------------------

@@ -4,25 +4,35 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyep.layout import (LINE, MAX_BLOCKS, MAX_LOCAL_EXPERTS, WORD, LowLatency, Region, control, control_bytes, draw,
+from pyep.layout import (DATA, LINE, MAX_BLOCKS, MAX_LOCAL_EXPERTS, WORD, LowLatency, Region, control, control_bytes, draw,
                          half_capacity, low_latency_size_hint, name_of)
 
 COUNTERS = ("consumed", "rdma_recv_count")          # what other ranks write into control memory
+HIDDEN_STEP = {"bf16": 8, "fp8": 128, "fp8_powers_of_2": 128, "fp8_ue8m0": 512}       # 16 bytes; one scale; four scales
 
 
 @st.composite
 def shapes(draw_value):
-    """R 1..9, M 1..300, H a multiple of 8, up to 16 experts a rank, any K up to E."""
+    """R 1..9, M 1..300, H up to 8192, up to 16 experts a rank, any K up to E, every mode."""
     ranks = draw_value(st.integers(1, 9))
     experts = ranks * draw_value(st.integers(1, 16))
+    data = draw_value(st.sampled_from(DATA))
+    step = HIDDEN_STEP[data]
     return LowLatency(num_ranks=ranks, max_tokens=draw_value(st.integers(1, 300)),
-                      hidden=8 * draw_value(st.integers(1, 1024)), num_experts=experts,
-                      num_topk=draw_value(st.integers(1, experts)))
+                      hidden=step * draw_value(st.integers(1, 8192 // step)), num_experts=experts,
+                      num_topk=draw_value(st.integers(1, experts)), data=data, rank_major=draw_value(st.booleans()),
+                      weighted=draw_value(st.booleans()))
 
 
 SMALLEST = LowLatency(num_ranks=1, max_tokens=1, hidden=8, num_experts=1, num_topk=1)
+SMALLEST_FP8 = LowLatency(num_ranks=1, max_tokens=1, hidden=128, num_experts=1, num_topk=1, data="fp8", weighted=True)
 PUBLISHED = LowLatency(num_ranks=4, max_tokens=128, hidden=7168, num_experts=256, num_topk=8)
 RANKS = st.integers(1, 9)
+
+
+def without_modes(shape):
+    """The shape in bf16, expert-major, without weights: what a size hint is for."""
+    return LowLatency(*shape[:5])
 
 
 def halves(shape):
@@ -65,6 +75,7 @@ def test_control_regions(ranks):
 
 @given(shapes())
 @example(SMALLEST)
+@example(SMALLEST_FP8)
 def test_regions_of_halves(shape):
     start = control_bytes(shape.num_ranks)
     for i, (dispatch, combine) in enumerate(zip(halves(shape)[::2], halves(shape)[1::2])):
@@ -74,13 +85,39 @@ def test_regions_of_halves(shape):
 
 
 @given(shapes())
+@example(SMALLEST_FP8)
 def test_data_fits_its_region(shape):
-    (routes, places, rows), (outputs,) = shape.dispatch(), shape.combine()
+    (routes, places, rows), (sent_back,) = shape.dispatch(), shape.combine()
     ranks, tokens, topk = shape.num_ranks, shape.max_tokens, shape.num_topk
     assert routes.nbytes == places.nbytes == WORD * ranks * tokens * topk
-    assert rows.nbytes == 2 * ranks * tokens * shape.hidden and outputs.nbytes == 2 * tokens * topk * shape.hidden
-    assert rows.item == outputs.item == shape.row_bytes and shape.row_bytes % 16 == 0   # whole 16-byte vectors
+    assert rows.nbytes == ranks * tokens * shape.wire_bytes and rows.item == shape.wire_bytes
+    name, count = ("partials", ranks * tokens) if shape.rank_major or shape.weighted else ("outputs", tokens * topk)
+    assert (sent_back.name, sent_back.nbytes, sent_back.item) == (name, 2 * count * shape.hidden, shape.row_bytes)
     assert shape.rows_per_expert == ranks * tokens and shape.local_experts * ranks == shape.num_experts
+
+
+@given(shapes())
+@example(SMALLEST_FP8)
+def test_rows_are_whole_vectors(shape):
+    """Of 16 bytes: the values, and what is behind them, which is room for the scales and less than a vector more."""
+    assert shape.row_bytes % 16 == shape.data_bytes % 16 == shape.wire_bytes % 16 == 0
+    values, scales = (1, shape.hidden // 128) if shape.data.startswith("fp8") else (2, 0)
+    assert shape.data_bytes == values * shape.hidden
+    assert 0 <= shape.wire_bytes - shape.data_bytes - 4 * scales < 16
+
+
+@pytest.mark.parametrize("data, hidden, data_bytes, wire_bytes", [
+    ("bf16", 8, 16, 16),
+    ("bf16", 7168, 14_336, 14_336),
+    ("fp8", 128, 128, 144),                             # one scale of 4 bytes
+    ("fp8", 640, 640, 672),                             # five scales: 20 bytes
+    ("fp8", 7168, 7168, 7392),                          # 56 scales: 224 bytes
+    ("fp8_powers_of_2", 7168, 7168, 7392),
+    ("fp8_ue8m0", 7168, 7168, 7392),                    # they travel as fp32 and become exponents when they are delivered
+])
+def test_bytes_of_rows_by_hand(data, hidden, data_bytes, wire_bytes):
+    shape = PUBLISHED._replace(data=data, hidden=hidden)
+    assert (shape.row_bytes, shape.data_bytes, shape.wire_bytes) == (2 * hidden, data_bytes, wire_bytes)
 
 
 # ---- words that other ranks write ------------------------------------------------------------------------------------
@@ -137,10 +174,12 @@ def test_half_capacity(nbytes, ranks):
 
 @given(shapes())
 @example(SMALLEST)
+@example(SMALLEST_FP8)
 def test_size_hint(shape):
-    ranks, tokens, hidden, experts, topk = shape
+    """It knows no modes: memory that is right without them fits all."""
+    ranks, tokens, hidden, experts, topk = shape[:5]
     exact = low_latency_size_hint(tokens, hidden, ranks, experts, num_topk=topk)
-    assert exact == shape.nbytes
+    assert exact == without_modes(shape).nbytes >= shape.nbytes
     assert low_latency_size_hint(tokens, hidden, ranks, experts, topk) == exact
     assert low_latency_size_hint(tokens, hidden, ranks, experts) >= exact
 
@@ -148,8 +187,10 @@ def test_size_hint(shape):
 @given(shapes())
 def test_size_hint_without_topk_covers_every_topk(shape):
     room = half_capacity(low_latency_size_hint(*[shape[i] for i in (1, 2, 0, 3)]), shape.num_ranks)
-    needs = [shape._replace(num_topk=k).half_bytes for k in range(1, shape.num_experts + 1)]
-    assert needs == sorted(needs) and needs[-1] == room
+    for mode in shape, without_modes(shape):
+        needs = [mode._replace(num_topk=k).half_bytes for k in range(1, shape.num_experts + 1)]
+        assert needs == sorted(needs) and needs[-1] <= room
+    assert needs[-1] == room
 
 
 def test_a_published_shape_by_hand():
@@ -174,6 +215,18 @@ def test_a_published_shape_by_hand():
     assert PUBLISHED.local_experts == 64 and PUBLISHED.rows_per_expert == 512
     assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_500_288
     assert low_latency_size_hint(128, 7168, 4, 256) == 939_664_256     # 140160 + 2 x 128 x 256 x 14336
+
+
+def test_a_published_shape_in_fp8_reduced_by_hand():
+    """Rows are 7392 bytes; what comes back is still bf16, one row for each (rank, token)."""
+    shape = PUBLISHED._replace(data="fp8", weighted=True)
+    assert [(r.name, r.offset, r.nbytes) for r in shape.dispatch()] == [
+        ("routes", 0, 32_768),
+        ("places", 32_768, 32_768),
+        ("rows", 65_536, 3_784_704),                    # 4 x 128 rows
+    ]
+    assert [(r.name, r.offset, r.nbytes) for r in shape.combine()] == [("partials", 0, 7_340_032)]      # 4 x 128 rows
+    assert shape.half_bytes == 7_340_032 and shape.nbytes == 14_820_224         # 140160 + 2 x 7340032
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -212,6 +265,17 @@ def test_name_of_inverts_offsets(shape, spare_lines, of_dispatch, data):
     byte = data.draw(st.integers(0, here.item - 1))
     suffix = f" of half {half}" if here.offset >= start else ""
     assert name_of(offset_of(here, index) + byte, shape.num_ranks, half_bytes, regions) == name + suffix
+
+
+def test_names_of_slots_of_combines_by_hand():
+    start, row = control_bytes(4), 14_336
+    for modes in dict(weighted=True), dict(rank_major=True):
+        shape = PUBLISHED._replace(**modes)
+        slot = start + (2 * 128 + 5) * row
+        assert name_of(slot + row - 1, 4, shape.half_bytes, shape.combine) == "partials[rank 2][token 5] of half 0"
+        assert name_of(slot + shape.half_bytes, 4, shape.half_bytes, shape.combine) == "partials[rank 2][token 5] of half 1"
+    slot = start + (100 * 8 + 3) * row
+    assert name_of(slot, 4, PUBLISHED.half_bytes, PUBLISHED.combine) == "outputs[token 100][k 3] of half 0"
 
 
 @given(shapes())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pyep import reference
 from pyep.channels.memory import LAST_EPOCH
+from pyep.kernels.cpu import CpuEngine
 
 EXAMPLES = int(os.environ.get("PYEP_TEST_EXAMPLES", 100))       # random cases for each number of ranks
 
@@ -119,6 +120,27 @@ def wide_rounds(comm, shape, hidden, mode):
 def test_wide_shapes(shape, hidden, mode):
     """Lanes, warps and blocks do their part: the CPU engine in the shapes of a GPU."""
     ranks.run(3, wide_rounds, shape, hidden, mode)
+
+
+def phases_of_a_gpu(engine, operation, threads, num_ranks):
+    """As `CudaEngine.phases`: one launch may do both halves at once, some blocks of a dispatch sending, the others receiving."""
+    blocks = engine.blocks
+    both = ("both", blocks, 1, blocks - 1) if operation == "dispatch" else ("both", blocks, blocks, blocks)
+    return both, ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
+
+
+def fused_rounds(comm, shape, hidden, mode):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
+        wide_rounds(comm, shape, hidden, mode)
+
+
+@cpu_only
+@pytest.mark.parametrize("shape, hidden, mode", [("3,32,32", *PLAIN), ("4,16,8", *BY_RANK),
+                                                 ("3,8,4", 136, ("", "expert_major", True))])
+def test_fused_launches(shape, hidden, mode):
+    """Both halves in one launch, as on a GPU, where own rows and partials do not travel."""
+    ranks.run(2, fused_rounds, shape, hidden, mode)
 
 
 def back_to_back(comm, rounds):
