@@ -68,7 +68,7 @@ def constants(shape, index_bytes):
     _, places, rows = shape.dispatch()
     return dict(
         RANKS=shape.num_ranks, EXPERTS=shape.num_experts, LOCAL_EXPERTS=shape.local_experts, MAX_TOKENS=shape.max_tokens,
-        TOPK=shape.num_topk, HIDDEN=shape.hidden, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes,
+        TOPK=shape.num_topk, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes,
         FP8=int(shape.fp8), POWERS_OF_2=int(shape.data in ("fp8_powers_of_2", "fp8_ue8m0")), UE8M0=int(shape.data == "fp8_ue8m0"),
         DATA_BYTES=shape.data_bytes, WIRE_BYTES=shape.wire_bytes, RANK_MAJOR=int(shape.rank_major), WEIGHTED=int(shape.weighted),
         GROUPS=shape.num_ranks if shape.rank_major else shape.num_experts,

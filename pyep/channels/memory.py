@@ -10,8 +10,8 @@ waits of the rank then give up: the kernel returns, with garbage for results, an
 `watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
 `pyep.low_latency`).
 """
-from ..kernels.lang import (absence, absent, clock_ns, ld8, ld8_nc, ld8_relaxed, ld16_relaxed, pause, polls_per_look, st8,
-                            st8_relaxed, st8_release, st16, swap8_if, umod)
+from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_nc, ld8_relaxed, ld16_relaxed, pause,
+                            polls_per_look, st4, st8, st8_relaxed, st8_release, st16, swap8_if, umod)
 from ..kernels.op import rare
 
 STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control
@@ -126,6 +126,27 @@ def take_word(value, watch, wait, source, address):
     if value == ABSENT:
         value = wait_word(watch, wait, source, address)
     st8_relaxed(address, ABSENT)
+    return value
+
+
+@rare
+def wait4(watch, wait, source, address):
+    """Poll a 4-byte word of data until it has come, or for ever in vain."""
+    value = ABSENT
+    deadline, polls = 0, 0
+    while value == ABSENT and deadline >= 0:
+        polls += 1
+        if umod(polls, polls_per_look()) == 0:
+            deadline = patience(deadline, watch, wait, source, address, 0, value)
+        value = ld4_relaxed_if(address, 1)
+    return value
+
+
+def take4(value, watch, wait, source, address):
+    """Wait for a 4-byte word of data and take it out of its slot.  `value`: what a first look at it has shown."""
+    if value == ABSENT:
+        value = wait4(watch, wait, source, address)
+    st4(address, ABSENT)
     return value
 
 

@@ -138,6 +138,11 @@ def ld4_nc_if(address, wanted):
     """`ld4_nc` where wanted != 0, else 0 without touching memory."""
 
 
+@op(void, (i64, i64), ptx="st.global.u8 [$0], $1;", cpu=llvm.store(llvm.I8))
+def st1(address, value):
+    """Store the low byte of `value`; weak."""
+
+
 @op(void, (i64, i64), ptx="st.global.u32 [$0], $1;", cpu=llvm.store(I32))
 def st4(address, value):
     """Store the low 4 bytes of `value`; weak."""
@@ -170,6 +175,12 @@ def ld8_relaxed(address):
     cpu=llvm.load_if(llvm.load(order="monotonic")))
 def ld8_relaxed_if(address, wanted):
     """`ld8_relaxed` where wanted != 0, else 0 without touching memory; no branch, so that several stay in flight."""
+
+
+@op(i64, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $2, 0; mov.b64 $0, 0; @p ld.relaxed.sys.global.s32 $0, [$1]; }",
+    cpu=llvm.load_if(llvm.load(I32, order="monotonic")))
+def ld4_relaxed_if(address, wanted):
+    """Load a signed 4-byte integer where wanted != 0, else 0 without touching memory; relaxed, no branch."""
 
 
 @op(void, (i64, i64), ptx="st.relaxed.sys.global.s64 [$0], $1;", cpu=llvm.store(order="monotonic"))
@@ -240,16 +251,6 @@ def absent(value):
     " mov.b64 $0, {a,b}; mov.b64 $1, {c,d}; }", cpu=llvm.present, pure=True)
 def present(value):
     """`value` with each word 0xffffffff replaced by 0x7fffffff: bf16 stays the same but for the payload of a NaN."""
-
-
-@op(i64, (v16,), ptx="mov.b64 $0, $1;", cpu=llvm.eight_bytes(0), pure=True)
-def low8(value):
-    """The first 8 of 16 bytes."""
-
-
-@op(i64, (v16,), ptx="mov.b64 $0, $2;", cpu=llvm.eight_bytes(1), pure=True)
-def high8(value):
-    """The last 8 of 16 bytes."""
 
 
 # ---- bf16, fp32 and e4m3 ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import ctypes
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 V16 = ir.VectorType(I32, 4)
 _I8X16, _I16X8 = ir.VectorType(ir.IntType(8), 16), ir.VectorType(ir.IntType(16), 8)
 _I32X8, _F32X8 = ir.VectorType(I32, 8), ir.VectorType(ir.FloatType(), 8)
@@ -52,7 +52,7 @@ def load(t=I64, order=None):
         p = pointer(b, address, t)
         if t == V16:
             return b.load(p, align=16)
-        value = b.load_atomic(p, order, 8) if order else b.load(p)
+        value = b.load_atomic(p, order, t.width // 8) if order else b.load(p)
         return b.sext(value, I64) if t == I32 else value
     return emit
 
@@ -61,8 +61,8 @@ def store(t=I64, order=None):
     """Store a `t` (an int64 is cut down to it); `order` makes it atomic."""
     def emit(b, machine, address, value):
         p = pointer(b, address, t)
-        if t == I32:
-            value = b.trunc(value, I32)
+        if t in (I8, I32):
+            value = b.trunc(value, t)
         if order:
             b.store_atomic(value, p, order, t.width // 8)
         else:
@@ -100,11 +100,6 @@ def swap_atomic(b, machine, address, expected, value):
 
 def splat(value, t=V16):
     return ir.Constant(t, [value] * t.count)
-
-
-def eight_bytes(index):
-    """The first (0) or the last (1) half of 16 bytes."""
-    return lambda b, machine, v: b.extract_element(b.bitcast(v, ir.VectorType(I64, 2)), ir.Constant(I32, index))
 
 
 _ABSENT = splat(-1)

@@ -15,7 +15,7 @@ from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc
                    thread_rank, udiv, warp_size)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
-RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = HIDDEN = 0
+RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 ROW_BYTES = 0                                   # of a row of bf16
 FP8 = POWERS_OF_2 = UE8M0 = 0                   # 1: rows travel as e4m3; their scales are powers of two; delivered as exponents

@@ -4,10 +4,11 @@ A token crosses to a rank once, however many of that rank's experts it selects, 
 rank must know to deliver it travels beside it, see `low_latency_announce`.  The receiver copies the row to every expert that
 wants it, or in the rank-major layout to the one place that it gets.
 """
-from ..channels.memory import peer, take16
-from .lang import (block_rank, high8, lane, ld16_nc_if, ld16_relaxed_if, ld8_shared, low8, num_blocks, num_threads, present,
-                   shared, st16, st16_relaxed, st4, st4_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod)
-from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, HIDDEN, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
+from ..channels.memory import peer, take4, take16
+from .lang import (block_rank, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_blocks, num_threads, present,
+                   shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, udiv,
+                   umod)
+from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, half_of,
                           num_warps, selects, start, this_epoch, warp_rank)
 from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, place_selections, place_token, read_counts,
@@ -67,11 +68,7 @@ def send_fp8(slot, half, row, offset, low, high):
             low, high = load_piece(row, at, 1)
             store_to_all(slot, half + at, quantize(low, high, factor))
         if umod(lane(), team_size()) == 0:
-            at = DATA_BYTES + udiv(offset, 32)                   # 4 bytes for every 128
-            store_word_to_all(slot, half + at, scale)
-            while offset + 16 * PIECES == DATA_BYTES and at + 4 < WIRE_BYTES:
-                at += 4                                          # no word of the row may be absent for ever
-                store_word_to_all(slot, half + at, 0)
+            store_word_to_all(slot, half + scale_offset(offset), scale)
 
 
 # A *unit* of the senders is a (token, cut), a cut being one of CUTS parts of a row.  The block's threads are as many *teams*, which
@@ -167,34 +164,39 @@ def take_row(look, watch, me, source, address):
     return take16(look, watch, DISPATCH_ROW, source, address)
 
 
-def deliver_scales(scales, row, offset, value):
-    """Store four of a row's scales; `scales` has a column of rows for each of them (or for each four exponents)."""
-    rows = MAX_TOKENS if RANK_MAJOR else RANKS * MAX_TOKENS      # of a group
-    group = udiv(row, rows)
-    first = udiv(offset - DATA_BYTES, 4)
-    words = udiv(HIDDEN, 128)
-    low, high = low8(value), high8(value)
-    if UE8M0:
-        exponents = (low >> 23 & 0xFF) | (low >> 47 & 0xFF00) | (high >> 7 & 0xFF0000) | (high >> 31 & 0xFF000000)
-        st4(scales + 4 * ((group * udiv(words, 4) + udiv(first, 4)) * rows + row - group * rows), exponents)
-        return
-    at = scales + 4 * ((group * words + first) * rows + row - group * rows)
-    for i in range(4):
-        if first + i < words:
-            word = low if i < 2 else high
-            st4(at + 4 * rows * i, word >> 32 if i & 1 else word)
+def has_scale(offset):
+    """Whether a thread that has the bytes of a row from `offset` on sees to a scale: that of the block of values they begin."""
+    return FP8 and offset & 127 == 0 and offset < DATA_BYTES
 
 
-def deliver(slot, offset, value, recv_x, scales):
+def scale_offset(offset):
+    """Where in the row that scale travels: 4 bytes for every 128."""
+    return DATA_BYTES + udiv(offset, 32)
+
+
+def deliver(slot, offset, value, recv_x):
     """Store 16 bytes of a row to every row of recv_x in a list (count, then rows)."""
     end = slot + 8 * ld8_shared(slot)
     while slot < end:
         slot += 8
+        st16(recv_x + ld8_shared(slot) * DATA_BYTES + offset, value)
+
+
+def deliver_scale(slot, offset, scale, scales):
+    """Store the scale of the values at `offset` beside every row in a list: each scale of a row is in a column of its own, four
+    exponents share one."""
+    rows = MAX_TOKENS if RANK_MAJOR else RANKS * MAX_TOKENS      # of a group
+    block, blocks = udiv(offset, 128), udiv(DATA_BYTES, 128)
+    end = slot + 8 * ld8_shared(slot)
+    while slot < end:
+        slot += 8
         row = ld8_shared(slot)
-        if FP8 and offset >= DATA_BYTES:
-            deliver_scales(scales, row, offset, value)
+        group = udiv(row, rows)
+        if UE8M0:
+            column = group * udiv(blocks, 4) + udiv(block, 4)
+            st1(scales + 4 * (column * rows + row - group * rows) + umod(block, 4), scale >> 23)
         else:
-            st16(recv_x + row * DATA_BYTES + offset, value)
+            st4(scales + 4 * ((group * blocks + block) * rows + row - group * rows), scale)
 
 
 def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of, sent,
@@ -226,7 +228,8 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
         row, offset = row_slot(watch, me, half, x, unit), 16 * thread_rank()
         # A first look before it is known whether the row comes here: what does has come about when the counts have.
         exists = unit < units and udiv(unit, RANKS) < ld8_shared(shared() + 8 * source_of(unit, me))
-        look = ld16_relaxed_if(row + offset, exists and offset < WIRE_BYTES)
+        look = ld16_relaxed_if(row + offset, exists and offset < DATA_BYTES)
+        scale_look = ld4_relaxed_if(row + scale_offset(offset), exists and has_scale(offset))
         if lane() == 0:
             st8_shared(entries - 8, count)
         syncwarp()
@@ -236,18 +239,24 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
             place_selections(entries, count, watch, source, token, src_info, row_of)
         syncthreads()
         while unit < units and slot < end:
-            at, current, from_rank, address, at_offset = slot, look, source_of(unit, me), row + offset, offset
+            at, at_row, at_offset, from_rank = slot, row, offset, source_of(unit, me)
+            value, scale = look, scale_look
             done += 16 * num_threads()
-            if done >= WIRE_BYTES:
+            if done >= DATA_BYTES:
                 done = 0
                 unit += parts
                 slot += stride
                 row = row_slot(watch, me, half, x, unit)
             offset = done + 16 * thread_rank()
             if unit < units and slot < end:
-                look = ld16_relaxed_if(row + offset, offset < WIRE_BYTES and ld8_shared(slot) > 0)
-            if at_offset < WIRE_BYTES and ld8_shared(at) > 0:
-                deliver(at, at_offset, take_row(current, watch, me, from_rank, address), recv_x, scales)
+                wanted = ld8_shared(slot) > 0
+                look = ld16_relaxed_if(row + offset, wanted and offset < DATA_BYTES)
+                scale_look = ld4_relaxed_if(row + scale_offset(offset), wanted and has_scale(offset))
+            if at_offset < DATA_BYTES and ld8_shared(at) > 0:
+                deliver(at, at_offset, take_row(value, watch, me, from_rank, at_row + at_offset), recv_x)
+                if has_scale(at_offset):
+                    scale = take4(scale, watch, DISPATCH_ROW, from_rank, at_row + scale_offset(at_offset))
+                    deliver_scale(at, at_offset, scale, scales)
         syncthreads()
 
 
