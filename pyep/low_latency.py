@@ -107,7 +107,7 @@ def cuts(engine, shape, threads):
     teams = engine.cuts(threads)
     lanes = min(8, engine.warp)                                  # that share a block of FP8, see `pyep.kernels.quantize`
     at_a_time = layout.FP8_BLOCK * (threads // teams // lanes) if shape.fp8 else 16 * (threads // teams)
-    return dict(CUTS=teams, CUT_BYTES=layout.align(-(-shape.data_bytes // teams), at_a_time))
+    return dict(CUTS=teams, TEAM_THREADS=threads // teams, CUT_BYTES=layout.align(-(-shape.data_bytes // teams), at_a_time))
 
 
 def make_plan(engine, shape, index_bytes, rank):

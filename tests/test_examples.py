@@ -58,6 +58,23 @@ def test_round_trip_is_short():
     assert len((EXAMPLES / "round_trip.py").read_text().splitlines()) < 40
 
 
+def test_modes():
+    assert_passes(mpi(2, EXAMPLES / "modes.py"))
+
+
+def test_modes_is_short():
+    assert len((EXAMPLES / "modes.py").read_text().splitlines()) <= 60
+
+
+def test_modes_fails(tmp_path):
+    """With wrong weights in combine, which only the first of the modes looks at."""
+    program, right = (EXAMPLES / "modes.py").read_text(), "idx, weights, got.handle)"
+    assert program.count(right) == 1
+    (tmp_path / "wrong.py").write_text(program.replace(right, "idx, 2 * weights, got.handle)"))
+    done = mpi(2, tmp_path / "wrong.py")
+    assert done.returncode == 1 and "FAIL" in done.stdout and "PASS" not in done.stdout, done.stdout + done.stderr
+
+
 def test_moe_layer_by_default():
     """The first command of the README: its own text, no options."""
     assert_passes(mpi(4, EXAMPLES / "moe_layer.py"))

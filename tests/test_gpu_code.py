@@ -296,8 +296,8 @@ MEANT = {
 }
 OF_ONE_ROLE = {"send": [ROWS_READ, ROWS_SENT], "receive": [ROWS_POLLED, ROWS_KEPT]}
 
-# Weak accesses to single words: the tables and counters that no other rank touches meanwhile.
-WEAK = {"ld.global.s64", "ld.global.nc.s64", "ld.global.nc.s32", "st.global.s64", "st.global.u32"}
+# Weak accesses to single words: tables and counters that no other rank touches meanwhile, and scales (exponents are bytes).
+WEAK = {"ld.global.s64", "ld.global.nc.s64", "ld.global.nc.s32", "st.global.s64", "st.global.u32", "st.global.u8"}
 OPS = {name: op for name, op in vars(lang).items() if isinstance(op, Op)}
 KNOWN = set().union(*[memory_instructions(op.ptx) for op in OPS.values() if isinstance(op.ptx, str)])
 

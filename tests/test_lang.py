@@ -23,7 +23,8 @@ from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
 from pyep.kernels.lang import (absence, absent, add4, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns, div,
                                f32_of, fetch_add8, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8, ld8_acquire,
-                               ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_nc, ld16_nc_if, ld16_relaxed,
+                               ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_nc,
+                               ld16_nc_if, ld16_relaxed,
                                ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, popc,
                                present, previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
                                st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, swap8_if, syncthreads, syncthreads_or,
@@ -209,6 +210,7 @@ def widths(source, target):
     st1(b + 146, ld8(a + 144))                      # cut down too
     st8(b + 152, ld4_relaxed_if(a + 148, 1))
     st8(b + 160, ld4_relaxed_if(1, 0))              # no such address
+    st8(b + 168, ld8_constant(a + 168))
 
 
 @everywhere
@@ -223,7 +225,7 @@ def test_widths(shape):
         expected[:, 6:16] = source[:, 6:16]
         words[:, 33] = halves[:, 32]
         expected.view(np.uint8)[:, 146] = source.view(np.uint8)[:, 144]
-        expected[:, 19], expected[:, 20] = halves[:, 37], 0
+        expected[:, 19], expected[:, 20], expected[:, 21] = halves[:, 37], 0, source[:, 21]
         run(widths, shape, source, target)
         np.testing.assert_array_equal(target, expected)
 

@@ -253,6 +253,44 @@ def test_combine_with_masked_selections():
     ranks.run(2, combine_masked)
 
 
+def statistics(comm, shape, layout):
+    """Each rank in turn comes late; returns by turn what the ranks in time waited for whom, in ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYEP_CPU_SHAPE", shape)
+        with make_buffer(comm, 64, 64, 4 * comm.size, 3) as buf:
+            case = Case(3, 64, 64, 4 * comm.size, 3, (64,) * comm.size, layout=layout)
+            x, idx, w, y = (up(a[comm.rank]) for a in case.make())
+            rows, turns = up(np.zeros(4, np.int32)), []
+            mode = dict(use_fp8=False, output_layout=layout)
+            handle = buf.low_latency_dispatch(x, idx, 64, case.experts, **mode).handle
+            y = buf.get_next_low_latency_combine_buffer(handle)
+            for late in range(comm.size):
+                waits = [up(np.zeros(comm.size, np.int64)) for _ in range(2)]
+                for operation in range(2):
+                    comm.Barrier()
+                    time.sleep(0.3 if comm.rank == late else 0)
+                    if operation == 0:
+                        got = buf.low_latency_dispatch(x, idx, 64, case.experts, rows, waits[0], **mode)
+                    else:
+                        buf.low_latency_combine(y, idx, w, got.handle, combine_wait_recv_cost_stats=waits[1])[1].synchronize()
+                turns.append([(down(a) / 1e6).tolist() for a in waits])
+            selected = np.concatenate(case.make()[1])
+            local = [(selected == comm.rank * 4 + e).sum() for e in range(4)]
+            np.testing.assert_array_equal(down(rows), np.multiply(local, comm.size))
+            return turns
+
+
+@pytest.mark.parametrize("shape, layout", [("1,1,1", "expert_major"), ("2,8,4", "rank_major")])
+def test_statistics(shape, layout):
+    """How many rows each expert got, over all turns; and who was late: nobody else is waited for as long."""
+    waited = np.array(ranks.run(3, statistics, shape, layout))   # [rank, late, operation, source]
+    for late in range(3):
+        for rank in {0, 1, 2} - {late}:
+            for operation in range(2):
+                assert waited[rank, late, operation].argmax() == late, waited[rank, late]
+                assert waited[rank, late, operation, late] > 200, waited[rank, late]
+
+
 def results_in_turn(comm):
     buf = shared_buffer(comm.size)
     idx = up(np.zeros((1, 3), np.int64) + np.arange(3))

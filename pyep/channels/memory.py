@@ -10,7 +10,7 @@ waits of the rank then give up: the kernel returns, with garbage for results, an
 `watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
 `pyep.low_latency`).
 """
-from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_nc, ld8_relaxed, ld16_relaxed, pause,
+from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_constant, ld8_relaxed, ld16_relaxed, pause,
                             polls_per_look, st4, st8, st8_relaxed, st8_release, st16, swap8_if, umod)
 from ..kernels.op import rare
 
@@ -37,7 +37,7 @@ def reached(epoch, goal):
 
 def peer(base, rank):
     """The address at which this rank maps the symmetric memory of `rank`."""
-    return ld8_nc(base + PEERS + 8 * rank)
+    return ld8_constant(base + PEERS + 8 * rank)
 
 
 def tell(counter, epoch, value):

@@ -90,7 +90,7 @@ def ld16(address):
     """Load 16 bytes; weak."""
 
 
-@op(v16, (i64,), ptx="ld.global.nc.L1::no_allocate.v2.s64 {$0,$1}, [$2];", cpu=llvm.load(V16), pure=True)
+@op(v16, (i64,), ptx="ld.global.nc.L1::no_allocate.v2.s64 {$0,$1}, [$2];", cpu=llvm.load(V16))
 def ld16_nc(address):
     """Load 16 bytes that nobody writes while the kernel runs."""
 
@@ -112,6 +112,11 @@ def ld8(address):
 
 
 @op(i64, (i64,), ptx="ld.global.nc.s64 $0, [$1];", cpu=llvm.load(), pure=True)
+def ld8_constant(address):
+    """Load 8 bytes that no kernel ever writes.  It may be done early, before `previous_kernel_done`, or once for many."""
+
+
+@op(i64, (i64,), ptx="ld.global.nc.s64 $0, [$1];", cpu=llvm.load())
 def ld8_nc(address):
     """Load 8 bytes that nobody writes while the kernel runs."""
 
@@ -127,7 +132,7 @@ def st8(address, value):
     """Store 8 bytes; weak."""
 
 
-@op(i64, (i64,), ptx="ld.global.nc.s32 $0, [$1];", cpu=llvm.load(I32), pure=True)
+@op(i64, (i64,), ptx="ld.global.nc.s32 $0, [$1];", cpu=llvm.load(I32))
 def ld4_nc(address):
     """Load a signed 4-byte integer that nobody writes while the kernel runs."""
 
@@ -392,7 +397,7 @@ def next_kernel_may_start():
 
 @op(ptx="griddepcontrol.wait;")
 def previous_kernel_done():
-    """Wait until the kernel before has ended; all that it stored is visible from here on (but `ld*_nc` may move to before)."""
+    """Wait until the kernel before has ended; all that it stored is visible from here on."""
 
 
 # ---- collectives: every thread of the block, or every lane of the warp, must call --------------------------------------

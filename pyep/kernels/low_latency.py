@@ -9,7 +9,7 @@ roles, one after the other) and one of them may be 0 (the operation then comes i
 
 The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `low_latency_reduce` (rank-reduced).
 """
-from ..channels.memory import next_epoch, peer, previous_epoch, tell, wait_count, wait_epoch
+from ..channels.memory import next_epoch, patience, peer, previous_epoch, tell, wait_count, wait_epoch
 from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, next_kernel_may_start,
                    num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, syncthreads, syncthreads_or,
                    thread_rank, udiv, warp_size)
@@ -104,11 +104,17 @@ def tell_begun(part, watch, me, what):
 def wait_begun(watch, wait, source, waited):
     """Wait until a rank has begun this operation: what it told.  `waited`: 0, or [R] int64 to which the wait's ns are added."""
     base, _, epoch = watch
-    since = clock_ns() if waited != 0 else 0
-    told = wait_count(watch, wait, source, count_slot(base, epoch, source))
-    if waited != 0:
-        add8(waited + 8 * source, clock_ns() - since)
-    return told
+    counter = count_slot(base, epoch, source)
+    if waited == 0:
+        return wait_count(watch, wait, source, counter)
+    since = clock_ns()
+    now, deadline, told = since, 0, ld8_relaxed(counter)
+    while (told >> 32) & 0xFFFFFFFF != epoch and deadline >= 0:
+        now = clock_ns()                        # in the loop: after it, the lanes of a warp go on together
+        deadline = patience(deadline, watch, wait, source, counter, epoch, told)
+        told = ld8_relaxed(counter)
+    add8(waited + 8 * source, now - since)
+    return told & 0xFFFFFFFF if deadline >= 0 else 0
 
 
 def num_warps():

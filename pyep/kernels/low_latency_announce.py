@@ -143,7 +143,15 @@ def tokens_of(watch, source, waited):
     return tokens
 
 
-def read_counts(part, watch, recv_count, layout_range, sent, recv_stats, wait_stats):
+def measure_waits(part, watch, wait_stats):
+    """Add up how long this rank waits for each source to begin; before anything else waits."""
+    source = thread_rank()
+    while wait_stats != 0 and part == 0 and source < RANKS:
+        tokens_of(watch, source, wait_stats)
+        source += num_threads()
+
+
+def read_counts(part, watch, recv_count, layout_range, sent, recv_stats):
     """Shared memory from here on: tokens[source], then begin[source][expert], the first row of that source for that expert, or
     in the rank-major layout, where every source has rows of its own, rows[source].  Returns the most tokens of a source."""
     base, _, epoch = watch
@@ -151,7 +159,7 @@ def read_counts(part, watch, recv_count, layout_range, sent, recv_stats, wait_st
     word = num_threads() - 1 - thread_rank()                     # the last threads: the first ones take units meanwhile
     while word < words:
         if word < RANKS:
-            count = tokens_of(watch, word, wait_stats if part == 0 else 0)
+            count = tokens_of(watch, word, 0)
             if part == 0 and not RANK_MAJOR:
                 st8(sent + 8 * word, count)
         else:

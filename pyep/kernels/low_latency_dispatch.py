@@ -11,12 +11,13 @@ from .lang import (block_rank, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld1
 from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, half_of,
                           num_warps, selects, start, this_epoch, warp_rank)
-from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, place_selections, place_token, read_counts,
+from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, measure_waits, place_selections, place_token, read_counts,
                                    take_selections, take_token, tokens_of)
 from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, quantize, scale_of, span, team_size
 
 CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
 CUT_BYTES = 0                                   # of one of them
+TEAM_THREADS = 0                                # a block's threads / CUTS
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
@@ -75,13 +76,9 @@ def send_fp8(slot, half, row, offset, low, high):
 # take units in turn: so all blocks end together, though tokens have more and less to send.
 
 
-def team_threads():
-    return udiv(num_threads(), CUTS)
-
-
 def team_bytes():
     """What a team moves at a time; CUT_BYTES is a multiple of it."""
-    return span(team_threads()) if FP8 else 16 * team_threads()
+    return span(TEAM_THREADS) if FP8 else 16 * TEAM_THREADS
 
 
 def row_of_unit(x, unit):
@@ -91,7 +88,7 @@ def row_of_unit(x, unit):
 
 def offset_of(unit, done):
     """Where in that row (counted in the bytes that travel) a thread is once its team has done so many bytes of the cut."""
-    rank = umod(thread_rank(), team_threads())
+    rank = umod(thread_rank(), TEAM_THREADS)
     return umod(unit, CUTS) * CUT_BYTES + done + (first_piece(rank) if FP8 else 16 * rank)
 
 
@@ -109,7 +106,7 @@ def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
     """Each token to every rank that wants it: a warp lists the destinations of a unit's token, then the teams send the warps'
     units.  A thread loads what it sends next before it stores the last, so that no store waits for memory."""
     stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
-    warps, warp, team = num_warps(), warp_rank(), udiv(thread_rank(), team_threads())
+    warps, warp, team = num_warps(), warp_rank(), udiv(thread_rank(), TEAM_THREADS)
     end = shared() + warps * stride
     units = num_tokens * CUTS
     first, unit, done = part, part + team * parts, 0
@@ -211,6 +208,7 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
     entries, end = lists + warp * stride + 8, lists + warps * stride
     units = MAX_TOKENS * RANKS
     unit = part
+    measure_waits(part, watch, wait_stats)
     while unit < units:
         listed = unit + warp * parts
         token, source = udiv(listed, RANKS), source_of(listed, me)
@@ -221,7 +219,7 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
             else:
                 count = take_selections(entries, watch, me, half, source, token, row_of, weight_of)
         if unit == part:
-            units = read_counts(part, watch, recv_count, layout_range, sent, recv_stats, wait_stats) * RANKS
+            units = read_counts(part, watch, recv_count, layout_range, sent, recv_stats) * RANKS
             if RANK_MAJOR:
                 clear_tails(part, parts, recv_topk_idx, weight_of)
         slot, done = lists, 0

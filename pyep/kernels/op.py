@@ -133,7 +133,7 @@ def op(ret=void, args=(), *, ptx, cpu=None, pure=False, collective=False):
     ptx: inline PTX, `$0..` being the results followed by the arguments (a vector counts as its registers), or a function
          (builder, *values) -> value.
     cpu: a function (builder, machine, *values) -> value; without it the Python body is compiled.
-    pure: no memory is touched, so calls may be merged, moved or dropped.
+    pure: no memory is touched, or none that ever changes, so calls may be merged, moved or dropped.
     collective: the lanes act together, so LLVM must not copy or move the call into a branch ("convergent").
     """
     return lambda fn: Op(fn, ret, args, ptx, cpu, pure, collective)
