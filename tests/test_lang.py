@@ -24,11 +24,10 @@ from pyep.kernels.cpu import CpuEngine, CpuKernel
 from pyep.kernels.lang import (absence, absent, add4, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns, div,
                                f32_of, fetch_add8, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8, ld8_acquire,
                                ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_nc,
-                               ld16_nc_if, ld16_relaxed,
-                               ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, popc,
-                               present, previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
-                               st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, swap8_if, syncthreads, syncthreads_or,
-                               syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
+                               ld16_nc_if, ld16_relaxed, ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks,
+                               num_threads, pause, polls_per_look, popc, present, previous_kernel_done, shared,
+                               shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared,
+                               st16, st16_relaxed, swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -384,6 +383,18 @@ def test_rows_announce_themselves(shape):
     run(play_rows, shape, rows, len(got), got)
     np.testing.assert_array_equal(got[:, 0], np.arange(len(got)))
     assert (got[:, 1] == 0x7FFFFFFF7FFFFFFF).all()
+
+
+def looks(out):
+    st8(out, polls_per_look())
+
+
+@everywhere
+def test_how_often_waits_look_at_the_clock(shape):
+    """Often enough for a timeout of seconds, a poll taking less than a microsecond; on the CPU much more often."""
+    out = memory(1)
+    run(looks, shape, out)
+    assert 1 <= out[0] <= 10**5
 
 
 # ---- rows that announce themselves -----------------------------------------------------------------------------------
