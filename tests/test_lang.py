@@ -225,7 +225,7 @@ def test_widths(shape):
         expected[:, 6:16] = source[:, 6:16]
         words[:, 33] = halves[:, 32]
         expected.view(np.uint8)[:, 146] = source.view(np.uint8)[:, 144]
-        expected[:, 19], expected[:, 20], expected[:, 21] = halves[:, 37], 0, source[:, 21]
+        expected[:, 19], expected[:, 20], expected[:, 21] = source.view(np.uint32)[:, 37], 0, source[:, 21]
         run(widths, shape, source, target)
         np.testing.assert_array_equal(target, expected)
 

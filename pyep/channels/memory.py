@@ -16,7 +16,7 @@ from ..kernels.op import rare
 
 STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control
 
-ABSENT = -1                                     # a word that has not come
+ABSENT, ABSENT4 = -1, 0xFFFFFFFF                # a word of 8 bytes, of 4 bytes, that has not come
 LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and start over: neither 0 nor 0xffffffff is one
 RECORD = ("state", "wait", "peer", "offset", "expected", "seen", "epoch")      # the words of the status block
 
@@ -132,9 +132,9 @@ def take_word(value, watch, wait, source, address):
 @rare
 def wait4(watch, wait, source, address):
     """Poll a 4-byte word of data until it has come, or for ever in vain."""
-    value = ABSENT
+    value = ABSENT4
     deadline, polls = 0, 0
-    while value == ABSENT and deadline >= 0:
+    while value == ABSENT4 and deadline >= 0:
         polls += 1
         if umod(polls, polls_per_look()) == 0:
             deadline = patience(deadline, watch, wait, source, address, 0, value)
@@ -144,9 +144,9 @@ def wait4(watch, wait, source, address):
 
 def take4(value, watch, wait, source, address):
     """Wait for a 4-byte word of data and take it out of its slot.  `value`: what a first look at it has shown."""
-    if value == ABSENT:
+    if value == ABSENT4:
         value = wait4(watch, wait, source, address)
-    st4(address, ABSENT)
+    st4(address, ABSENT4)
     return value
 
 

@@ -182,10 +182,13 @@ def ld8_relaxed_if(address, wanted):
     """`ld8_relaxed` where wanted != 0, else 0 without touching memory; no branch, so that several stay in flight."""
 
 
-@op(i64, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $2, 0; mov.b64 $0, 0; @p ld.relaxed.sys.global.s32 $0, [$1]; }",
-    cpu=llvm.load_if(llvm.load(I32, order="monotonic")))
+@op(i64, (i64, i64), ptx="{ .reg .pred p; .reg .b32 t; setp.ne.s64 p, $2, 0; mov.b32 t, 0; @p ld.relaxed.sys.global.u32 t, [$1];"
+    " cvt.u64.u32 $0, t; }", cpu=llvm.load_if(llvm.load(I32, order="monotonic", signed=False)))
 def ld4_relaxed_if(address, wanted):
-    """Load a signed 4-byte integer where wanted != 0, else 0 without touching memory; relaxed, no branch."""
+    """Load 4 bytes, not negative, where wanted != 0, else 0 without touching memory; relaxed, no branch.
+
+    (To extend the sign would take an instruction that waits for the load; zeros are there already.)
+    """
 
 
 @op(void, (i64, i64), ptx="st.relaxed.sys.global.s64 [$0], $1;", cpu=llvm.store(order="monotonic"))

@@ -46,14 +46,16 @@ def pointer(b, address, t=I64):
     return b.inttoptr(address, t.as_pointer())
 
 
-def load(t=I64, order=None):
-    """Load a `t`, widened to int64 with its sign if it is a smaller integer; `order` makes it atomic."""
+def load(t=I64, order=None, signed=True):
+    """Load a `t`, widened to int64 (with its sign or with zeros) if it is a smaller integer; `order` makes it atomic."""
     def emit(b, machine, address):
         p = pointer(b, address, t)
         if t == V16:
             return b.load(p, align=16)
         value = b.load_atomic(p, order, t.width // 8) if order else b.load(p)
-        return b.sext(value, I64) if t == I32 else value
+        if t == I32:
+            value = b.sext(value, I64) if signed else b.zext(value, I64)
+        return value
     return emit
 
 
