@@ -113,15 +113,16 @@ def cuts(engine, shape, threads):
 def make_plan(engine, shape, index_bytes, rank):
     """Compile the kernels of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
     jobs = {}
-    values = constants(shape, index_bytes)
-    for operation, kernel in (("dispatch", dispatch), ("combine", combine_reduced if shape.reduced else combine)):
-        row_bytes = shape.data_bytes if operation == "dispatch" else shape.row_bytes
+    in_bf16 = shape._replace(data="bf16")                        # as combine travels: one set of kernels whatever dispatch's data
+    for operation, kernel, moved in (("dispatch", dispatch, shape),
+                                     ("combine", combine_reduced if shape.reduced else combine, in_bf16)):
+        values, row_bytes = constants(moved, index_bytes), moved.data_bytes
         threads = engine.threads_for_row(row_bytes)
         for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders
             shared = shared_bytes(operation, shape, threads // engine.warp, announcers)
             parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes),
-                              NEIGHBOURS=engine.neighbours(threads), **cuts(engine, shape, threads))
+                              NEIGHBOURS=engine.neighbours(threads), **cuts(engine, moved, threads))
             jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
     plan = Plan(shape, {}, {})

@@ -11,8 +11,8 @@ The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `l
 """
 from ..channels.memory import next_epoch, patience, peer, previous_epoch, tell, wait_count, wait_epoch
 from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, next_kernel_may_start,
-                   num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, syncthreads, syncthreads_or,
-                   thread_rank, udiv, warp_size)
+                   num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, st8_shared, syncthreads,
+                   syncthreads_or, thread_rank, udiv, umod, warp_size)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
@@ -50,6 +50,15 @@ def this_epoch(base, lag):
     return previous_epoch(epoch) if lag > 0 else epoch
 
 
+def enter(base, lag, half_bytes, timeout):
+    """How every kernel begins: its watch (see `channels.memory`), the offset of its half, and this block's index among the senders
+    (one of them if below SENDERS) and among the receivers (one of them if not negative)."""
+    start()
+    epoch = this_epoch(base, lag)
+    half = CONTROL_BYTES + (epoch & 1) * half_bytes
+    return (base, timeout, epoch), half, block_rank(), block_rank() - num_blocks() + RECEIVERS
+
+
 def end_epoch(base, epoch):
     """Leave the epoch for the next launch, whatever its grid: block b alone reads copy b and alone writes b, b + blocks, ..."""
     syncthreads()
@@ -58,11 +67,6 @@ def end_epoch(base, epoch):
         while block < MAX_BLOCKS:
             st8(base + EPOCH + 8 * block, epoch)
             block += num_blocks() * num_threads()
-
-
-def half_of(epoch, half_bytes):
-    """Offset of the half that an operation uses."""
-    return CONTROL_BYTES + (epoch & 1) * half_bytes
 
 
 def count_slot(memory, epoch, source):
@@ -148,6 +152,21 @@ def first_unit(part, parts):
     other, the next ones those of the next block's: so all blocks have something to do, however few tokens there are."""
     group = udiv(warp_rank(), NEIGHBOURS)
     return (part + parts * group) * NEIGHBOURS + warp_rank() - group * NEIGHBOURS
+
+
+def slice_offset(unit):
+    """Where in a row of bf16 a lane's first 16 bytes are, for a unit of work whose last index is the slice."""
+    return umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
+
+
+def add_entry(entries, count, hit, first, second):
+    """One warp lengthens a list in shared memory by two words for every lane that has a hit; `count` with these added."""
+    hits = ballot(1 if hit else 0)
+    if hit:
+        entry = entries + 16 * (count + lanes_before(hits))
+        st8_shared(entry, first)
+        st8_shared(entry + 8, second)
+    return count + popc(hits)
 
 
 def after(me, i):

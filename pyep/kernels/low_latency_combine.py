@@ -3,13 +3,12 @@
 An expert's rank sends the output for (token, k) to the token's rank, which sums them in k order.
 """
 from ..channels.memory import peer, report, take16
-from .lang import (ballot, block_rank, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc_if,
-                   ld8_nc, ld8_nc_if, ld8_shared, num_blocks, num_threads, popc, present, shared, st16, st16_relaxed,
-                   st8_shared, syncwarp, thread_rank, to_bf16, udiv, umod, warp_size, zeros)
+from .lang import (f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc_if, ld8_nc, ld8_nc_if,
+                   ld8_shared, num_threads, present, shared, st16, st16_relaxed, syncwarp, thread_rank, to_bf16, udiv, umod,
+                   warp_size, zeros)
 from .low_latency import (COMBINE, COMBINE_BEGUN, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
-                          OTHER_OPERATION, RANKS, RECEIVERS, ROW_BYTES, SENDERS, TOPK, after, begin, end_epoch, first_unit, half_of,
-                          lanes_before, num_warps, slice_bytes, slices, start, tell_begun, this_epoch, wait_begun,
-                          warp_rank)
+                          OTHER_OPERATION, RANKS, RECEIVERS, ROW_BYTES, SENDERS, TOPK, add_entry, after, begin, end_epoch,
+                          enter, first_unit, num_warps, slice_bytes, slice_offset, slices, tell_begun, wait_begun, warp_rank)
 
 NOT_ADDED = -(1 << 63)                          # the sign bit: see list_outputs
 
@@ -32,12 +31,7 @@ def list_rows(entries, unit, me, y, row_of, sent):
         k = first + lane()
         row = ld8_nc_if(row_of + 8 * ((source * MAX_TOKENS + token) * TOPK + k), k < TOPK and token < MAX_TOKENS)
         mine = k < TOPK and row >= 0 and token < tokens
-        hits = ballot(1 if mine else 0)
-        if mine:
-            entry = entries + 16 * (count + lanes_before(hits))
-            st8_shared(entry, y + row * ROW_BYTES)
-            st8_shared(entry + 8, k)
-        count += popc(hits)
+        count = add_entry(entries, count, mine, y + row * ROW_BYTES, k)
         first += warp_size()
     syncwarp()
     return count
@@ -78,7 +72,7 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
         pair = udiv(unit, slices(ROW_BYTES))
         token, source = udiv(pair, RANKS), after(me, umod(pair, RANKS) + 1)
         outputs = peer(base, source) + half + token * TOPK * ROW_BYTES
-        offset = umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
+        offset = slice_offset(unit)
         end = offset + slice_bytes()
         while offset < end and offset < ROW_BYTES:
             copy_listed(entries, count, outputs, offset)
@@ -105,13 +99,8 @@ def list_outputs(entries, half_start, topk_idx, topk_weights, selected, token):
         now = topk_idx + INDEX_BYTES * selection
         masked = ld8_nc_if(now, k < TOPK) < 0 if INDEX_BYTES == 8 else ld4_nc_if(now, k < TOPK) < 0
         weight = ld4_nc_if(topk_weights + 4 * selection, k < TOPK) & 0xFFFFFFFF
-        mine = k < TOPK and expert >= 0
-        hits = ballot(1 if mine else 0)
-        if mine:
-            entry = entries + 16 * (count + lanes_before(hits))
-            st8_shared(entry, half_start + selection * ROW_BYTES)
-            st8_shared(entry + 8, udiv(expert, LOCAL_EXPERTS) << 32 | weight | (NOT_ADDED if masked else 0))
-        count += popc(hits)
+        word = udiv(expert, LOCAL_EXPERTS) << 32 | weight | (NOT_ADDED if masked else 0)
+        count = add_entry(entries, count, k < TOPK and expert >= 0, half_start + selection * ROW_BYTES, word)
         first += warp_size()
     syncwarp()
     return count
@@ -154,7 +143,7 @@ def sum_outputs(part, parts, watch, half, topk_idx, topk_weights, selected, num_
     while unit < num_tokens * slices(ROW_BYTES):
         token = udiv(unit, slices(ROW_BYTES))
         count = list_outputs(entries, base + half, topk_idx, topk_weights, selected, token)
-        offset = umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
+        offset = slice_offset(unit)
         end = offset + slice_bytes()
         while offset < end and offset < ROW_BYTES:
             st16(out + token * ROW_BYTES + offset, to_bf16(sum_listed(entries, count, watch, offset)))
@@ -176,11 +165,7 @@ def wait_for_all(part, parts, watch, wait_stats):
 def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, wait_stats, row_of, sent,
             selected, out):
     """The kernel.  y [L, R*M, H] bf16; row_of, sent and selected as `dispatch` left them; out [T, H] bf16."""
-    start()
-    epoch = this_epoch(base, lag)
-    watch = (base, timeout, epoch)
-    half = half_of(epoch, half_bytes)
-    sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
+    watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if sender < SENDERS:
             send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent)
@@ -188,4 +173,4 @@ def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_t
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             sum_outputs(receiver, RECEIVERS, watch, half, topk_idx, topk_weights, selected, num_tokens, out)
-    end_epoch(base, epoch)
+    end_epoch(base, watch[2])

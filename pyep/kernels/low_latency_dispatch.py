@@ -5,15 +5,15 @@ rank must know to deliver it travels beside it, see `low_latency_announce`.  The
 wants it, or in the rank-major layout to the one place that it gets.
 """
 from ..channels.memory import peer, take4, take16
-from .lang import (block_rank, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_blocks, num_threads, present,
-                   shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, udiv,
-                   umod)
+from .lang import (lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_threads, present,
+                   shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, to_e4m3,
+                   udiv, umod)
 from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
-                          RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, half_of,
-                          num_warps, selects, start, this_epoch, warp_rank)
+                          RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, enter,
+                          num_warps, selects, warp_rank)
 from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, measure_waits, place_selections, place_token, read_counts,
                                    take_selections, take_token, tokens_of)
-from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, quantize, scale_of, span, team_size
+from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, scale_of, span, team_size
 
 CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
 CUT_BYTES = 0                                   # of one of them
@@ -63,11 +63,11 @@ def send_fp8(slot, half, row, offset, low, high):
     scale = scale_of(amax)
     factor = factor_of(amax, scale)
     if offset < DATA_BYTES:
-        store_to_all(slot, half + offset, quantize(low, high, factor))
+        store_to_all(slot, half + offset, to_e4m3(low, high, factor))
         for i in range(1, udiv(PIECES, team_size())):
             at = offset + 16 * i * team_size()
             low, high = load_piece(row, at, 1)
-            store_to_all(slot, half + at, quantize(low, high, factor))
+            store_to_all(slot, half + at, to_e4m3(low, high, factor))
         if umod(lane(), team_size()) == 0:
             store_word_to_all(slot, half + scale_offset(offset), scale)
 
@@ -271,11 +271,7 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
     sent           [R] int64: how many tokens each source has; in the rank-major layout, how many came here
     selected       [M, K] int64: the experts of this rank's own selections, or -1
     """
-    start()
-    epoch = this_epoch(base, lag)
-    watch = (base, timeout, epoch)
-    half = half_of(epoch, half_bytes)
-    sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
+    watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         announcer, announcers = sender, SENDERS
         if RECEIVERS > 0:                                        # they have nothing to do yet
@@ -288,4 +284,4 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
         if receiver >= 0:
             receive_rows(receiver, RECEIVERS, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of,
                          sent, weight_of, recv_topk_idx, recv_stats, wait_stats)
-    end_epoch(base, epoch)
+    end_epoch(base, watch[2])

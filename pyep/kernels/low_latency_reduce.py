@@ -5,12 +5,11 @@ not one per selection.  The token's rank adds these *partials* in rank order.  I
 weighted already, and the partials are the rows of y.
 """
 from ..channels.memory import peer, take16
-from .lang import (absence, ballot, block_rank, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed_if, ld4_nc_if, ld8_nc,
-                   ld8_nc_if, ld8_shared, num_blocks, popc, present, shared, st16, st16_relaxed, st8_shared, syncwarp, to_bf16,
-                   udiv, umod, warp_size, zeros)
+from .lang import (absence, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed_if, ld4_nc_if, ld8_nc, ld8_nc_if,
+                   ld8_shared, present, shared, st16, st16_relaxed, st8_shared, syncwarp, to_bf16, udiv, umod, warp_size, zeros)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, RANK_MAJOR, RANKS, RECEIVERS, ROW_BYTES,
-                          SENDERS, TOPK, after, begin, end_epoch, first_unit, half_of, lanes_before, num_warps, selects,
-                          slice_bytes, slices, start, tell_begun, this_epoch, warp_rank)
+                          SENDERS, TOPK, add_entry, after, begin, end_epoch, enter, first_unit, num_warps, selects,
+                          slice_bytes, slice_offset, slices, tell_begun, warp_rank)
 from .low_latency_combine import wait_for_all
 
 ONE = 0x3F800000                                # 1.0 as bits of fp32
@@ -49,12 +48,7 @@ def list_rows(rows, source, token, wanted, y, row_of, weight_of):
             row = ld8_nc_if(row_of + 8 * selection, k < TOPK and token < MAX_TOKENS)
             weight = ld4_nc_if(weight_of + 4 * selection, k < TOPK and token < MAX_TOKENS)
             hit = k < TOPK and row >= 0 and wanted
-        hits = ballot(1 if hit else 0)
-        if hit:
-            entry = rows + 16 * (count + lanes_before(hits))
-            st8_shared(entry, y + row * ROW_BYTES)
-            st8_shared(entry + 8, weight)
-        count += popc(hits)
+        count = add_entry(rows, count, hit, y + row * ROW_BYTES, weight)
         first += warp_size()
     syncwarp()
     return count
@@ -108,11 +102,6 @@ def token_of(unit):
     return udiv(unit, slices(ROW_BYTES) * others())
 
 
-def offset_of(unit):
-    """Where in the row this lane's first 16 bytes are."""
-    return umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
-
-
 def travels(unit, me, sent):
     """Whether a unit may have something to send."""
     source = source_of(unit, me)
@@ -130,7 +119,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent)
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
         slot = peer(base, source_of(unit, me)) + half + (me * MAX_TOKENS + token_of(unit)) * ROW_BYTES
-        offset = offset_of(unit)
+        offset = slice_offset(unit)
         end = offset + slice_bytes()
         while offset < end and offset < ROW_BYTES and count > 0:
             st16_relaxed(slot + offset, present(partial(rows, count, offset)))
@@ -146,7 +135,7 @@ def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
     base, _, _ = watch
     unit = first_unit(part, parts)
     row = source_of(unit, me) * MAX_TOKENS + token_of(unit)
-    offset = offset_of(unit)
+    offset = slice_offset(unit)
     value = ld16_nc_if(y + row * ROW_BYTES + offset, unit < units() and offset < ROW_BYTES)
     token = ld4_nc_if(src_info + 4 * row, unit < units())
     wanted = travels(unit, me, sent)
@@ -162,7 +151,7 @@ def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
             value = ld16_nc_if(y + row * ROW_BYTES + offset, offset < end and offset < ROW_BYTES)
         unit += parts * num_warps()
         row = source_of(unit, me) * MAX_TOKENS + token_of(unit)
-        offset = offset_of(unit)
+        offset = slice_offset(unit)
         value = ld16_nc_if(y + row * ROW_BYTES + offset, unit < units() and offset < ROW_BYTES)
         token = ld4_nc_if(src_info + 4 * row, unit < units())
         wanted = travels(unit, me, sent)
@@ -229,7 +218,7 @@ def receive_partials(part, parts, watch, me, half, y, row_of, weight_of, selecte
         token = udiv(unit, slices(ROW_BYTES))
         num_rows = list_rows(rows, me, token, 1, y, row_of, weight_of) if reads_own_y() else 0
         count = list_partials(entries, base + half, selected, token)
-        offset = umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
+        offset = slice_offset(unit)
         end = offset + slice_bytes()
         while offset < end and offset < ROW_BYTES:
             st16(out + token * ROW_BYTES + offset, to_bf16(sum_partials(entries, count, rows, num_rows, watch, me, offset)))
@@ -244,11 +233,7 @@ def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stat
                     out):
     """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent and selected as
     `dispatch` left them; out [T, H] bf16."""
-    start()
-    epoch = this_epoch(base, lag)
-    watch = (base, timeout, epoch)
-    half = half_of(epoch, half_bytes)
-    sender, receiver = block_rank(), block_rank() - num_blocks() + RECEIVERS
+    watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if RANK_MAJOR and sender < SENDERS:
             send_rows(sender, SENDERS, watch, me, lag, half, y, src_info, sent)
@@ -258,4 +243,4 @@ def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stat
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             receive_partials(receiver, RECEIVERS, watch, me, half, y, row_of, weight_of, selected, num_tokens, out)
-    end_epoch(base, epoch)
+    end_epoch(base, watch[2])

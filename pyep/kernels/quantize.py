@@ -3,7 +3,7 @@
 A *team* of lanes (8 of a warp, fewer on a CPU with narrow warps) quantizes a block.  A *piece* is what a lane converts at a
 time: 16 values, 32 bytes of bf16, 16 bytes of e4m3.
 """
-from .lang import amax8, bits_of, div, f32_of, ld16_nc_if, shfl_xor, to_e4m3, udiv, umod, warp_size
+from .lang import amax8, bits_of, div, f32_of, ld16_nc_if, shfl_xor, udiv, umod, warp_size
 from .low_latency import DATA_BYTES, POWERS_OF_2
 
 PIECES = 8                                      # in a block
@@ -11,6 +11,7 @@ SMALLEST_AMAX, LARGEST_E4M3, ONE = 0x38D1B717, 0x43E00000, 0x3F800000           
 
 
 def team_size():
+    """Lanes of a team."""
     return PIECES if warp_size() >= PIECES else warp_size()
 
 
@@ -60,8 +61,3 @@ def scale_of(amax):
 def factor_of(amax, scale):
     """What values are multiplied by."""
     return div(f32_of(ONE), f32_of(scale)) if POWERS_OF_2 else div(f32_of(LARGEST_E4M3), f32_of(amax))
-
-
-def quantize(low, high, factor):
-    """A piece as e4m3."""
-    return to_e4m3(low, high, factor)
