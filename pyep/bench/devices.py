@@ -30,6 +30,7 @@ class OnCpu:
 
 
 class NumPy(OnCpu):
+    """NumPy arrays, for the CPU engine."""
 
     def up(self, array):
         return array
@@ -62,10 +63,11 @@ class TorchArrays:
 
 
 class TorchOnCpu(TorchArrays, OnCpu):
-    pass
+    """PyTorch tensors in host memory, for the CPU engine."""
 
 
 class CuPy:
+    """CuPy arrays, streams, events and graphs."""
 
     def __init__(self, device):
         import cupy
@@ -101,6 +103,7 @@ class CuPy:
 
 
 class TorchOnGpu(TorchArrays):
+    """PyTorch tensors on a GPU, with its streams, events and graphs."""
 
     def __init__(self, device):
         self.device = f"cuda:{device}"
