@@ -7,7 +7,6 @@ import zlib
 from typing import NamedTuple
 
 from . import layout
-from .channels import memory
 from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutError
 from .kernels import low_latency as kernels
 from .kernels.low_latency_combine import combine
@@ -28,6 +27,7 @@ WAITS = {
     kernels.COMBINE_OUTPUT: (COMBINE, "receive", "the output of an expert of the peer"),
     kernels.COMBINE_PARTIAL: (COMBINE, "receive", "the sum of what the peer's experts made of a token"),
 }
+WORDS_FOR = (*WAITS, kernels.BAD_EXPERT, kernels.NO_ROOM, kernels.OTHER_OPERATION)      # what `error_from` puts in words
 
 
 class InFlight:
@@ -148,12 +148,11 @@ def fingerprint(shape):
     return zlib.crc32(repr(tuple(shape)).encode())
 
 
-def error_from(record, rank, shapes, half_bytes, timeout_s):
-    """The exception for a status record (see `pyep.channels.memory.RECORD`), in words.
+def error_from(r, rank, shapes, half_bytes, timeout_s):
+    """The exception for a status record (a dict of the words `pyep.channels.memory.RECORD`), in words.
 
     shapes: by operation, the shape of the latest one.
     """
-    r = dict(zip(memory.RECORD, record))
     if r["wait"] == kernels.BAD_EXPERT:
         return EPRoutingError(f"topk_idx of rank {rank} names expert {r['seen']} for token {r['expected']}; there are "
                               f"{shapes[DISPATCH].num_experts} experts")

@@ -286,7 +286,7 @@ def test_destroy_without_a_peer():
 def never_begin(comm):
     warm_buffer(comm).destroy()  # now the kernels are on disk: the time below is for waiting alone
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyep.buffer.COMPILE_ALLOWANCE_S", 0.5)
+        patch.setattr("pyep.connection.COMPILE_ALLOWANCE_S", 0.5)
         buf = make_buffer(comm, M, H, LOCAL * comm.size, K, timeout_s=1)
         text = give_up(buf, a_round, 1.5) if comm.rank != BAD else None
         comm.barrier()

@@ -79,7 +79,7 @@ def many_replays(comm, replays):
         for _ in range(replays):
             graph.launch(stream)
         stream.synchronize()
-        buf._check()
+        buf._connection.check()
         all_x, all_idx, all_w, all_y = case.make()
         want = reference.low_latency_combine(all_y, all_idx, all_w, case.max_tokens, case.experts)[comm.rank]
         assert_same(down(combined), want, "after many replays")
@@ -164,7 +164,7 @@ def stream_of_cupy(comm):
     import cupy
     with buffer_for(comm) as buf:
         stream = buf.get_comm_stream()
-        assert isinstance(stream, cupy.cuda.ExternalStream) and stream.ptr == buf._streams.comm
+        assert isinstance(stream, cupy.cuda.ExternalStream) and stream.ptr == buf._connection.streams.comm
         with stream:                                             # also when it is the caller's
             run_round(buf, made(comm, 6))
             got = buf.low_latency_dispatch(*(up(a[0]) for a in made(comm, 6).make()[:2]), SHAPE[0], SHAPE[2], async_finish=True)

@@ -174,7 +174,7 @@ def test_thousand_rounds_with_an_idle_rank():
 def rounds_from_epoch(comm, epoch):
     with make_buffer(comm, 8, 64, 4 * comm.size, 3) as buf:
         comm.Barrier()
-        buf._write_control(epoch)
+        buf._connection.write_control(epoch)
         comm.Barrier()
         for seed in range(12):
             tokens = tuple((seed + 3 * r) % 9 for r in range(comm.size))

@@ -1,0 +1,252 @@
+"""The low-latency operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
+from . import arrays, layout
+from .calls import Call
+from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_shape
+from .events import EventOverlap
+from .low_latency import COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan
+from .results import LowLatencyDispatched, LowLatencyHandle, Results, recv_shape
+
+NO_MASKS = ("leaving ranks out of the operations (enable_shrink=True, the mask buffer) is not implemented yet; a rank that does "
+            "not answer ends an operation with EPTimeoutError")
+
+
+class LowLatencyOperations:
+    """The part of `Buffer` that serving and decoding use."""
+
+    def __init__(self, connection):
+        self._connection = connection
+        self._ready_bytes = 0                                    # of each half: holds the absence value, peers may write
+        self._plans, self._shapes, self._in_flight = {}, {}, InFlight()
+        self._calls, self._results, self._combine_inputs = {}, {}, {}
+        connection.words_for.update(dict.fromkeys(WORDS_FOR, self._error_from))
+
+    def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
+                             cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True,
+                             round_scale=False, use_ue8m0=False, async_finish=False, return_recv_hook=False, *,
+                             topk_weights=None, output_layout="expert_major", out=None, previous_event=None):
+        """Send every token to the experts that it selects.
+
+        x: [T, H] bf16, T <= M = num_max_dispatch_tokens_per_rank; T may differ between ranks and be 0.
+        topk_idx: [T, K] int64 or int32, global experts; -1 selects nothing.
+        cumulative_local_expert_recv_stats: [L] int32, to which the rows that each local expert got are added.
+        dispatch_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank, ready to receive, waited until each
+            source had begun to send: the rank that all others wait for is the slow one.
+        use_fp8: send e4m3 in blocks of 128 values with fp32 scales; recv_x is then the pair (values, scales).  The recipe is
+            `pyep.reference.quantize`.  round_scale: scales are powers of two.  use_ue8m0: four scales' exponents in an int32.
+        async_finish: run on the buffer's own stream, after what the caller's current stream has to do.  That stream does not wait
+            for it: the returned event is for that.  Until then keep the event, which keeps the inputs, and do not change them.
+        return_recv_hook: launch only the send half; the returned hook launches the receive half, on the stream current then.
+        topk_weights: [T, K] fp32, to travel with the tokens; combine then reduces on the experts' rank first.
+        output_layout: "expert_major", or "rank_major": each token once per rank, not once per expert.
+        out: an array like recv_x (BF16 only) to receive into, instead of one of the buffer's two.
+        previous_event: what `Buffer.capture` or an operation returned as event, to wait for; with async_finish instead of the
+            current stream.
+
+        Returns (recv_x, recv_count, handle, event, hook) as a `LowLatencyDispatched`.
+        expert_major: recv_x [L, R*M, H], recv_count [L] int32; the first recv_count[e] rows of local expert e are valid, ordered
+            by (source rank, source token).  handle = (src_info [L, R*M] int32, layout_range [L, R] int64, M, H, E).
+        rank_major: recv_x [R, M, H], recv_count [R] int32; the first recv_count[s] rows of source s are valid, in the order of
+            its tokens.  handle = (src_info [R, M], layout_range [R], M, H, E).  With the attributes recv_topk_idx [R, M, K]
+            int64 (local experts, -1 elsewhere) and, given topk_weights, recv_topk_weights [R, M, K] fp32.
+        FP8: scales are fp32 [.., H/128] or, with use_ue8m0, int32 [.., H/512], each column contiguous.
+        The results live until the second next dispatch of this shape and mode.
+        """
+        if async_finish or previous_event is not None:
+            check_async(async_finish, return_recv_hook, previous_event)
+        self._connection.require_usable()
+        stats, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        call = self._prepared("dispatch", check_dispatch, (x, topk_idx, topk_weights, stats, waits, out),
+                              (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
+        shape, library = call.shape, call.library
+        if library.engine == "cpu":
+            check_experts(topk_idx, shape.num_experts)
+        received, addresses = call.results.next()
+        if out is not None:
+            received, addresses = received._replace(recv_x=out), (call.aligned(out, "out"), *addresses[1:])
+        args = (call.aligned(x, "x"), *call.addresses(topk_idx, topk_weights), len(x), *call.addresses(stats, waits), *addresses)
+        event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
+                                async_finish, previous_event)
+        call.results.dispatches += 1                             # only now: a call that was refused is no dispatch
+        handle = LowLatencyHandle(id(self), call.results.dispatches, received, shape, len(x))
+        recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
+        dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
+        if shape.rank_major:
+            dispatched.recv_topk_idx, dispatched.recv_topk_weights = received.recv_topk_idx, received.weight_of
+        return dispatched
+
+    def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False,
+                            return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None, *, previous_event=None):
+        """Bring the experts' outputs back and sum them, in fp32, in an order that is always the same.
+
+        x: the output of the local experts, bf16, row by row as dispatch delivered their inputs: [L, R*M, H].
+            rank-major: [R, M, H], for each received token the sum of what this rank's experts made of it, weighted by the caller.
+        topk_idx: [T, K] int64 or int32 and topk_weights: [T, K] fp32, of the tokens that this rank dispatched.  A selection that
+            has become -1 since then adds nothing.  If topk_weights were given to dispatch, or in the rank-major layout, they are
+            not looked at and may be None.
+        handle: of the dispatch; it serves any number of combines.
+        zero_copy: send from the array of `get_next_low_latency_combine_buffer`, whatever x is.
+        async_finish, return_recv_hook, previous_event: as for dispatch.
+        out: a [T, H] bf16 array to sum into.  Must be given with async_finish and previous_event: memory made here might still be
+            used by what the current stream has to do, which the operation does not wait for.
+        combine_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank waited until each rank had begun.
+
+        direct: out[t] = bf16(sum over k, in order, of weight[t, k] * y[t, k]).
+        rank-reduced (topk_weights were given to dispatch): every rank r makes p[r, t], the same sum over its own experts;
+            out[t] = bf16(sum over r, in order, of bf16(p[r, t])).  rank-major: the caller has made the p[r, t].
+
+        Returns (combined_x [T, H] bf16, event, hook).
+        """
+        if use_logfmt:
+            raise NotImplementedError("use_logfmt=True is not implemented yet; pass use_logfmt=False")
+        if async_finish or previous_event is not None:
+            check_async(async_finish, return_recv_hook, previous_event)
+        self._connection.require_usable()
+        check_handle(handle, id(self))
+        shape, num_tokens, received, waits = handle.shape, handle.num_tokens, handle.received, combine_wait_recv_cost_stats
+        if shape.reduced:
+            topk_idx = topk_weights = None
+        call = self._prepared("combine", check_combine, (x, topk_idx, topk_weights, waits, out, handle[0]), (shape, num_tokens))
+        if call.results.dispatches > handle.number + 1:
+            raise ValueError("handle is of a dispatch whose results were overwritten: two more of that shape came after it")
+        library = call.library
+        if zero_copy:
+            x = self._combine_inputs.get((library, shape))
+            if x is None:
+                raise ValueError("zero_copy=True sends the array of get_next_low_latency_combine_buffer, which was not called")
+        x_at = call.aligned(x, "x")
+        if out is None:
+            if async_finish and previous_event is not None:
+                raise ValueError("out is None with async_finish=True and previous_event; expected an array: memory made here might "
+                                 "still be in use on the current stream")
+            out = library.empty((num_tokens, shape.hidden), "bfloat16")
+        selections = () if shape.reduced else call.addresses(topk_idx, topk_weights)
+        more = call.addresses(received.weight_of, received.src_info) if shape.reduced else ()
+        args = (x_at, *selections, num_tokens, *call.addresses(waits, received.row_of), *more,
+                *call.addresses(received.sent, received.selected), call.aligned(out, "out"))
+        event, hook = self._run(COMBINE, call, args, (x, topk_idx, topk_weights, handle, out, waits), return_recv_hook,
+                                async_finish, previous_event)
+        return out, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle):
+        """An [L, R*M, H] bf16 array (rank-major: [R, M, H]) for the experts' output, from which combine sends with zero_copy=True.
+
+        Combine reads any array in place; this one saves the caller an allocation.  There is one for each shape: after a combine
+        with async_finish, write into it once the event was waited for.  In the rank-major layout the output may also overwrite
+        recv_x.
+        """
+        self._connection.require_usable()
+        check_handle(handle, id(self))
+        library, shape = arrays.library_of(handle[0], "handle"), handle.shape
+        if (library, shape) not in self._combine_inputs:
+            self._combine_inputs[library, shape] = library.empty((*recv_shape(shape), shape.hidden), "bfloat16")
+        return self._combine_inputs[library, shape]
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
+        """Make the buffer ready for a shape: it always is, since readers clean behind themselves.  Checks that the shape fits."""
+        self._connection.require_usable()
+        check_shape(num_max_dispatch_tokens_per_rank, hidden, self._connection.size, num_experts, 1)
+        self._check_fits(layout.LowLatency(self._connection.size, num_max_dispatch_tokens_per_rank, hidden, num_experts, 1))
+
+    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+        """Leave a rank out of the operations (mask=True), or take it in again: needs enable_shrink=True, which is not there yet."""
+        raise NotImplementedError(NO_MASKS)
+
+    def low_latency_query_mask_buffer(self, mask_status):
+        """Write 1 for each rank that is left out, else 0, into [R] int32: needs enable_shrink=True, which is not there yet."""
+        raise NotImplementedError(NO_MASKS)
+
+    def low_latency_clean_mask_buffer(self):
+        """Take all ranks in again: needs enable_shrink=True, which is not there yet."""
+        raise NotImplementedError(NO_MASKS)
+
+    # ---- how an operation runs -------------------------------------------------------------------------------------------
+
+    def _plan(self, shape, index_bytes, library):
+        """The kernels of a shape.  The first time, all ranks compile, make ready the memory it uses, and meet."""
+        connection = self._connection
+        plan = self._plans.get((shape, index_bytes))
+        if plan is None:
+            self._check_fits(shape)
+        new_results = (library, shape) not in self._results
+        if (plan is None or new_results) and library.is_capturing():
+            raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
+        if new_results:
+            self._results[library, shape] = Results(library, shape)
+            connection.engine.synchronize()                      # their memory may be in use on a stream that is not waited for
+        if plan is None:
+            known = shape in {s for s, _ in self._plans}         # with the other integer type: only this rank may need it
+            plan = make_plan(connection.engine, shape, index_bytes, connection.rank)
+            self._make_ready(shape.half_bytes)
+            if not known:
+                connection.meet(f"first use of {shape}", fingerprint(shape))
+            self._plans[shape, index_bytes] = plan
+        return plan
+
+    def _prepared(self, operation, check, given, options):
+        """The checked call for arguments like these: `given` are arrays or None, of which only the addresses and values may differ
+        between calls that share one, `options` all else that matters."""
+        try:
+            key = (operation, *map(arrays.signature, given), options)
+            call = self._calls.get(key)
+        except TypeError:                                        # an argument that cannot be hashed: the checks say which
+            call = key = None
+        if call is None:
+            library, shape, index_bytes = check(self._connection.engine, self._connection.size, *given, *options)
+            plan = self._plan(shape, index_bytes, library)
+            call = Call(shape, library, getattr(plan, operation), self._results[library, shape])
+            if key is not None:
+                self._calls[key] = call
+        return call
+
+    def _run(self, operation, call, args, keep, return_recv_hook, async_finish, previous_event):
+        """Launch an operation, or its send half: (its event, a function that launches the receive half or None)."""
+        connection, library = self._connection, call.library
+        current = library.stream()
+        stream = connection.streams.enter(current, async_finish, previous_event)
+        number, lag = self._in_flight.send()
+        self._shapes[operation] = call.shape
+        common = connection.transport.base, connection.rank, connection.half_bytes, connection.timeout_ns
+
+        def launch(phase, stream, lag):
+            connection.launch(call.kernels[phase], stream, *common, lag, *args)
+
+        def hook():
+            connection.require_usable()
+            stream = connection.streams.enter(library.stream())
+            launch("receive", stream, self._in_flight.receive(number))
+
+        if return_recv_hook:
+            hook.arrays = keep                                   # they must live until the hook is called
+            launch("send", stream, lag)
+        elif "both" in call.kernels:
+            self._in_flight.receive(number)
+            launch("both", stream, lag)
+        else:
+            launch("send", stream, lag)
+            launch("receive", stream, self._in_flight.receive(number))
+        recorded = connection.streams.record() if async_finish else None
+        event = EventOverlap(recorded, keep if recorded else None, library, current, connection.check)
+        if previous_event is not None:
+            event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
+        return event, hook if return_recv_hook else None
+
+    def _check_fits(self, shape):
+        check_fits(shape, self._connection.nbytes, self.num_rdma_bytes)
+
+    def _make_ready(self, nbytes):
+        """Put the absence value into the part of each half that no operation has used so far."""
+        connection = self._connection
+        if nbytes > self._ready_bytes:
+            for half in (0, 1):
+                start = layout.control_bytes(connection.size) + half * connection.half_bytes
+                connection.transport.fill(start + self._ready_bytes, nbytes - self._ready_bytes, 0xFF)
+            self._ready_bytes = nbytes
+
+    def _error_from(self, record):
+        """The error that a wait gave up with, in words."""
+        connection = self._connection
+        return error_from(record, connection.rank, self._shapes, connection.half_bytes, connection.timeout_s)
+
+    def _forget(self):
+        """Let go of all arrays and kernels."""
+        self._calls, self._plans, self._results, self._combine_inputs = {}, {}, {}, {}
