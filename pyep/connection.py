@@ -77,8 +77,8 @@ class Connection:
         """Raise what went wrong in an operation that has run, if anything has.  Does not wait for a GPU."""
         if self.error is not None:
             raise self.error
-        record = dict(zip(RECORD, self.transport.read_status())) if self.transport else {"state": 0}
-        if record["state"]:
+        if self.transport is not None and self.transport.record[0]:
+            record = dict(zip(RECORD, self.transport.record))
             self.error = self.words_for[record["wait"]](record)
             raise self.error
 

@@ -3,6 +3,7 @@
 The memory has no name: each rank opens its peers' through /proc, then closes the files.  So the kernel frees it with the
 last process that maps it, however that process ends, and nothing can be left in /dev/shm.
 """
+import ctypes
 import mmap
 import os
 import tempfile
@@ -47,8 +48,8 @@ class HostTransport(Transport):
         self.peers = [b.ctypes.data for b in self._bytes]
         self.base = self.peers[bootstrap.rank]
         self._own = self._bytes[bootstrap.rank]
-        self._status = np.zeros(len(RECORD), np.int64)
-        self.status = self._status.ctypes.data
+        self.record = (ctypes.c_int64 * len(RECORD))()
+        self.status = ctypes.addressof(self.record)
 
     @staticmethod
     def _map(fd, path, nbytes, rank):
@@ -67,9 +68,6 @@ class HostTransport(Transport):
 
     def write(self, offset, words):
         self._own[offset:offset + words.nbytes] = words.view(np.uint8)
-
-    def read_status(self):
-        return self._status.tolist()
 
     def close(self, meet):
         self._own = self._bytes = self._maps = None              # unmapped with the last reference to it

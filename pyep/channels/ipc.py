@@ -1,7 +1,6 @@
 """Transport "ipc": GPU memory that the processes of one host open in each other through CUDA IPC.  Nothing to build."""
 import ctypes
 
-import numpy as np
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
@@ -48,7 +47,8 @@ class IpcTransport(Transport):
         self.peers = [int(p) for p in self._opened]
         self.base = int(self._own)
         self._pinned = call(runtime.cudaHostAlloc, 8 * len(RECORD), runtime.cudaHostAllocMapped)
-        ctypes.memset(int(self._pinned), 0, 8 * len(RECORD))
+        self.record = (ctypes.c_int64 * len(RECORD)).from_address(int(self._pinned))
+        self.record[:] = [0] * len(RECORD)
         self.status = int(call(runtime.cudaHostGetDevicePointer, self._pinned, 0))
 
     @staticmethod
@@ -75,9 +75,6 @@ class IpcTransport(Transport):
     def write(self, offset, words):
         call(runtime.cudaMemcpy, self.base + offset, words.ctypes.data, words.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
         call(runtime.cudaDeviceSynchronize)
-
-    def read_status(self):
-        return np.ctypeslib.as_array((ctypes.c_int64 * len(RECORD)).from_address(int(self._pinned))).tolist()
 
     def close(self, meet):
         # Errors are ignored: after a kernel fault every call fails, and the process is about to end.

@@ -14,7 +14,7 @@ class Transport:
     """Symmetric memory: `nbytes` on every rank, each of which all ranks can write.
 
     base: address of this rank's memory.  peers: the address at which this rank maps each rank's (its own included).
-    status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads.
+    status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
     """
 
     name = ""
@@ -25,10 +25,6 @@ class Transport:
 
     def write(self, offset, words):
         """Write a NumPy array of int64 into the own memory and wait until it is done."""
-        raise NotImplementedError
-
-    def read_status(self):
-        """The words of the status block, as a list of ints.  Never waits for a GPU."""
         raise NotImplementedError
 
     def close(self, meet):
