@@ -23,12 +23,12 @@ from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
 from pyep.kernels.lang import (absence, absent, add4, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns, div,
                                f32_of, fetch_add8, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8, ld8_acquire,
-                               ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_nc,
-                               ld16_nc_if, ld16_relaxed, ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks,
+                               ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_if,
+                               ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks,
                                num_threads, pause, polls_per_look, popc, present, previous_kernel_done, shared, shfl, shfl_xor,
                                st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed,
-                               swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod,
-                               warp_size, zeros)
+                               swap8_if, sync_first_threads, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16,
+                               to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -231,15 +231,16 @@ def test_widths(shape):
 
 
 def wanted_rows(rows, offsets, wanted, n, out):
-    """What is at each offset that is wanted, by every load that can be told not to; eight words an entry."""
+    """What is at each offset that is wanted, by every load that can be told not to; ten words an entry."""
     i = my_thread()
     while i < n:
-        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 64 * i
+        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 80 * i
         st16(at, ld16_relaxed_if(address, want))
         st16(at + 16, ld16_nc_if(address, want))
         st8(at + 32, ld8_relaxed_if(address, want))
         st8(at + 40, ld8_nc_if(address, want))
         st8(at + 48, ld4_nc_if(address, want))
+        st16(at + 64, ld16_if(address, want))
         i += all_threads()
 
 
@@ -247,12 +248,13 @@ def wanted_rows(rows, offsets, wanted, n, out):
 def test_unwanted_memory_is_not_touched(shape):
     for seed in range(20):
         wanted = filled([0, 1, 0, -1, 2**32, 2**63 - 1, 0, -2**63])    # also where the low half is 0
-        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 8, fill=5)
+        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 10, fill=5)
         offsets = filled(np.where(wanted, 16 * np.arange(len(wanted)), FAR))
         run(wanted_rows, shape, rows, offsets, wanted, len(wanted), out)
         signed = rows.view(np.int32)[:, :1]
         there = np.concatenate([rows, rows, rows[:, :1], rows[:, :1], signed], axis=1)
         np.testing.assert_array_equal(out[:, :7], np.where(wanted[:, None] != 0, there, 0))
+        np.testing.assert_array_equal(out[:, 8:], np.where(wanted[:, None] != 0, rows, 0))
 
 
 # ---- memory that several threads write -------------------------------------------------------------------------------
@@ -754,6 +756,34 @@ def test_syncwarp(shape):
     mirror = np.arange(out.size).reshape(out.shape)[:, :, ::-1]
     rounds = 20 * (1 + np.arange(threads // warp))[None, :, None]
     np.testing.assert_array_equal(out, rounds * (rounds + 1) // 2 * mirror)
+
+
+def exchange_among_first(rounds, n, words, out):
+    """As above with the first n threads of the block, while the others, which have nothing to wait for, are at it for longer."""
+    mine, total, i = words + 8 * my_thread(), 0, 0
+    mirror = mine + 8 * (n - 1 - 2 * thread_rank())
+    while thread_rank() < n and i < rounds:
+        st8(mine, (i + 1) * my_thread())
+        sync_first_threads(n)
+        total += ld8(mirror)
+        sync_first_threads(n)
+        i += 1
+    while thread_rank() >= n and i < 2 * rounds:
+        total += ld8(mine)
+        i += 1
+    st8(out + 8 * my_thread(), total)
+
+
+@shapes(NARROW, WIDE, ODD, ON_GPU)
+def test_sync_first_threads(shape):
+    blocks, (threads, warp) = shape
+    n, rounds = max(warp, threads // warp // 2 * warp), 20                      # half of the warps
+    words, out = memory(blocks, threads), memory(blocks, threads)
+    words[:] = np.arange(words.size).reshape(words.shape)
+    expected = 2 * rounds * words
+    expected[:, :n] = rounds * (rounds + 1) // 2 * words[:, :n][:, ::-1]
+    run(exchange_among_first, shape, rounds, n, words, out)
+    np.testing.assert_array_equal(out, expected)
 
 
 def ask_lanes(values, out):
