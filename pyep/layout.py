@@ -3,8 +3,9 @@
 Every rank owns `nbytes` of memory that all ranks can write, laid out alike on all of them:
 
     control    words of 8 bytes, fixed places, a function of the number of ranks alone
-    half 0     what peers send in operations of even epoch
-    half 1     what peers send in operations of odd epoch
+    half 0     low latency: what peers send in operations of even epoch
+    half 1     low latency: what peers send in operations of odd epoch
+    heap       high throughput: lent out in slabs (`pyep.heap`), into which peers write once they were told where
 
 A *half* holds self-announcing data only: every 32-bit word of it is 0xffffffff whenever nothing is under way, whatever
 shapes were used before, because readers put that value back.  So operations of different shapes may share a buffer
@@ -18,6 +19,8 @@ WORD = 8                                # every counter and flag: so that 64-bit
 LINE = 128                              # what one transaction of a GPU's memory system covers
 MAX_BLOCKS = 1024                       # blocks in a grid, at most
 MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
+MAX_CHUNKS = 512                        # chunks in which one rank's rows travel to another in a high-throughput combine, at most
+SECTIONS = LINE // WORD                 # kinds of data for which a rank can tell a place: a line of words
 FP8_BLOCK = 128                         # values that share a scale
 DATA = ("bf16", "fp8", "fp8_powers_of_2", "fp8_ue8m0")      # e4m3 with scales in fp32, of powers of two, those as exponents
 
@@ -76,8 +79,18 @@ def control(num_ranks):
     epoch            the epoch of the latest operation sent, one copy per block, so that no block waits for another
     consumed         the latest epoch whose data that rank has read to the end: its half may be written again
     rdma_recv_count  epoch << 32 | count.  Entry 0: the tokens of that source; 1 + e: its rows for local expert e
+
+    High throughput, where each launch of a kernel has an epoch of its own, and words hold epoch << 32 | value:
+
+    ht_epoch    as epoch
+    ht_counts   entry 0: the rows for which that source has room; 1 + r: its tokens for rank r; 1 + R + e: its selections of
+                local expert e.  By parity of the epoch: a layout that was refused is followed by no rows, hence by no done
+    place       where that source wants the rows, and what goes with them, as (offset in its memory) / 16
+    done        that source has sent all of a launch, and read what it was told
+    chunk       that source has sent a chunk of its rows
+    arrived     blocks of this launch that are done
     """
-    words = 1 + MAX_LOCAL_EXPERTS
+    words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(1 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
     return {r.name: r for r in _stack(
         0,
         ("status", (), (), WORD, "host"),
@@ -86,11 +99,17 @@ def control(num_ranks):
         ("epoch", ("block",), (MAX_BLOCKS,), WORD, "this rank"),
         ("consumed", ("source",), (num_ranks,), LINE, "source"),
         ("rdma_recv_count", ("half", "source", "entry"), (2, num_ranks, words), WORD, "source"),
+        ("ht_epoch", ("block",), (MAX_BLOCKS,), WORD, "this rank"),
+        ("ht_counts", ("parity", "source", "entry"), (2, num_ranks, ht_words), WORD, "source"),
+        ("place", ("source", "section"), (num_ranks, SECTIONS), WORD, "source"),
+        ("done", ("source",), (num_ranks,), LINE, "source"),
+        ("chunk", ("source", "chunk"), (num_ranks, MAX_CHUNKS), WORD, "source"),
+        ("arrived", (), (), WORD, "this rank"),
     )}
 
 
 def control_bytes(num_ranks):
-    return align(control(num_ranks)["rdma_recv_count"].end)
+    return align(control(num_ranks)["arrived"].end)
 
 
 class LowLatency(NamedTuple):
@@ -167,6 +186,58 @@ class LowLatency(NamedTuple):
     def nbytes(self):
         """Symmetric memory that the shape needs on each rank."""
         return control_bytes(self.num_ranks) + 2 * self.half_bytes
+
+
+class Rows(NamedTuple):
+    """What a high-throughput operation stores for each row, in bytes; 0 for what it does not move.  Each kind is an array of its
+    own (a *section*), one after another in a slab of the heap.
+
+    A dispatch has all of them, as its results; a combine has rows and weights, for the rows that come back to a rank's tokens.
+    """
+
+    row: int                            # the values: bf16 or e4m3
+    source: int = 0                     # the source token, int32
+    topk_idx: int = 0                   # K local experts, int64
+    topk_weights: int = 0               # K fp32
+    scales: int = 0                     # of e4m3, fp32
+
+    def sections(self, num_rows, start=0):
+        """The sections of a slab that begins at byte `start`, in the order of the fields; where nothing is moved, an empty one."""
+        return _stack(start, *[(name, ("row",), (num_rows,), item, "source") for name, item in zip(self._fields, self)])
+
+    def nbytes(self, num_rows):
+        """Bytes of a slab with so many rows."""
+        return align(self.sections(num_rows)[-1].end)
+
+    def fit(self, nbytes):
+        """How many rows a slab of `nbytes` holds."""
+        rows = nbytes // sum(self)
+        while rows > 0 and self.nbytes(rows) > nbytes:
+            rows -= 1
+        return rows
+
+
+def dispatched_rows(hidden_bytes, num_topk=0, weighted=False, num_scales=0, sources=True):
+    """The `Rows` of a dispatch.  hidden_bytes: of a token's values; num_topk, num_scales: of a token, 0 if none travel."""
+    return Rows(hidden_bytes, 4 if sources else 0, 8 * num_topk, 4 * num_topk if weighted else 0, 4 * num_scales)
+
+
+def combined_rows(hidden, num_topk=0):
+    """The `Rows` of a combine of bf16.  num_topk: of a token's weights, 0 if none come back."""
+    return Rows(2 * hidden, topk_weights=4 * num_topk)
+
+
+def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_scales=0, num_held=1):
+    """Bytes of the heap that surely suffice: for `num_held` dispatches' results and the staging of a combine (always bf16), when
+    no rank has more than `num_max_tokens` tokens.  Every token may go to every rank."""
+    results = dispatched_rows(hidden_bytes, num_topk, True, num_scales).nbytes(num_ranks * num_max_tokens)
+    staging = combined_rows(hidden, num_topk).nbytes((num_ranks - 1) * num_max_tokens)
+    return num_held * results + staging
+
+
+def heap_offset(num_rdma_bytes, num_ranks):
+    """Where the heap begins, behind control words and halves."""
+    return align(max(num_rdma_bytes, control_bytes(num_ranks)))
 
 
 def half_capacity(nbytes, num_ranks):

@@ -4,10 +4,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyep.layout import (DATA, LINE, MAX_BLOCKS, MAX_LOCAL_EXPERTS, WORD, LowLatency, Region, control, control_bytes, draw,
-                         half_capacity, low_latency_size_hint, name_of)
+from pyep.layout import (DATA, LINE, MAX_BLOCKS, MAX_CHUNKS, MAX_LOCAL_EXPERTS, SECTIONS, WORD, LowLatency, Region, Rows,
+                         combined_rows, control, control_bytes, dispatched_rows, draw, half_capacity, heap_offset,
+                         high_throughput_size_hint, low_latency_size_hint, name_of)
 
-COUNTERS = ("consumed", "rdma_recv_count")          # what other ranks write into control memory
+# What other ranks write into control memory.
+COUNTERS = ("consumed", "rdma_recv_count", "ht_counts", "place", "done", "chunk")
 HIDDEN_STEP = {"bf16": 8, "fp8": 128, "fp8_powers_of_2": 128, "fp8_ue8m0": 512}       # 16 bytes; one scale; four scales
 
 
@@ -71,6 +73,11 @@ def test_control_regions(ranks):
     assert regions["epoch"].dims == (MAX_BLOCKS,)
     assert regions["consumed"].dims == (ranks,)
     assert regions["rdma_recv_count"].dims == (2, ranks, 1 + MAX_LOCAL_EXPERTS)
+    assert regions["ht_epoch"].dims == (MAX_BLOCKS,)
+    parity, sources, entries = regions["ht_counts"].dims
+    assert (parity, sources) == (2, ranks) and entries >= 1 + ranks + MAX_LOCAL_EXPERTS
+    assert regions["place"].dims == (ranks, SECTIONS) and SECTIONS >= len(Rows._fields)
+    assert regions["chunk"].dims == (ranks, MAX_CHUNKS)
 
 
 @given(shapes())
@@ -202,8 +209,14 @@ def test_a_published_shape_by_hand():
         "epoch": (384, 8192),                           # 1024 blocks x 8
         "consumed": (8576, 512),                        # 4 x 128
         "rdma_recv_count": (9088, 131072),              # 2 halves x 4 sources x (1 + 2047) x 8
+        "ht_epoch": (140_160, 8192),
+        "ht_counts": (148_352, 132_096),                # 2 x 4 sources x (1 + 4 + 2047, up to a multiple of 16) x 8
+        "place": (280_448, 512),                        # 4 lines
+        "done": (280_960, 512),
+        "chunk": (281_472, 16_384),                     # 4 sources x 512 x 8
+        "arrived": (297_856, 8),
     }
-    assert control_bytes(4) == 140_160                  # 9088 + 131072
+    assert control_bytes(4) == 297_984                  # 297856 and a line
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [
         ("routes", 0, 32_768),                          # 4 x 128 x 8 words
         ("places", 32_768, 32_768),
@@ -211,10 +224,10 @@ def test_a_published_shape_by_hand():
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine()] == [("outputs", 0, 14_680_064)]  # 128 x 8 rows
     assert PUBLISHED.half_bytes == 14_680_064
-    assert PUBLISHED.nbytes == 29_500_288               # 140160 + 2 x 14680064
+    assert PUBLISHED.nbytes == 29_658_112               # 297984 + 2 x 14680064
     assert PUBLISHED.local_experts == 64 and PUBLISHED.rows_per_expert == 512
-    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_500_288
-    assert low_latency_size_hint(128, 7168, 4, 256) == 939_664_256     # 140160 + 2 x 128 x 256 x 14336
+    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_658_112
+    assert low_latency_size_hint(128, 7168, 4, 256) == 939_822_080     # 297984 + 2 x 128 x 256 x 14336
 
 
 def test_a_published_shape_in_fp8_reduced_by_hand():
@@ -226,7 +239,70 @@ def test_a_published_shape_in_fp8_reduced_by_hand():
         ("rows", 65_536, 3_784_704),                    # 4 x 128 rows
     ]
     assert [(r.name, r.offset, r.nbytes) for r in shape.combine()] == [("partials", 0, 7_340_032)]      # 4 x 128 rows
-    assert shape.half_bytes == 7_340_032 and shape.nbytes == 14_820_224         # 140160 + 2 x 7340032
+    assert shape.half_bytes == 7_340_032 and shape.nbytes == 14_978_048         # 297984 + 2 x 7340032
+
+
+# ---- slabs of the heap -----------------------------------------------------------------------------------------------
+
+@st.composite
+def rows_of_any_kind(draw_value):
+    """bf16 or e4m3 with scales, K 0..40, with or without weights, dispatched or combined."""
+    topk, step = draw_value(st.integers(0, 40)), draw_value(st.sampled_from([8, 128]))
+    hidden = step * draw_value(st.integers(1, 8192 // step))
+    if draw_value(st.booleans()):
+        return combined_rows(hidden, topk)
+    scales = hidden // 128 if step == 128 else 0
+    return dispatched_rows(hidden if scales else 2 * hidden, topk, draw_value(st.booleans()), scales, draw_value(st.booleans()))
+
+
+@given(rows_of_any_kind(), st.integers(0, 5000), st.integers(0, 100))
+def test_sections_of_a_slab(rows, num_rows, first_line):
+    sections = rows.sections(num_rows, first_line * LINE)
+    assert [s.name for s in sections] == ["row", "source", "topk_idx", "topk_weights", "scales"]
+    assert [s.nbytes for s in sections] == [num_rows * item for item in rows]
+    assert all(s.offset % LINE == 0 for s in sections) and sections[0].offset == first_line * LINE
+    assert all(a.end <= b.offset for a, b in zip(sections, sections[1:]))
+    assert sections[-1].end <= first_line * LINE + rows.nbytes(num_rows)
+    assert rows.nbytes(num_rows) % LINE == 0
+
+
+@given(rows_of_any_kind(), st.integers(0, 10**7))
+def test_rows_that_fit(rows, nbytes):
+    """As many as a slab holds, not one less."""
+    assert rows.fit(nbytes) == 0 or rows.nbytes(rows.fit(nbytes)) <= nbytes
+    assert rows.nbytes(rows.fit(nbytes) + 1) > nbytes
+
+
+@given(RANKS, st.integers(0, 300), st.integers(1, 64), st.integers(0, 9), st.booleans(), st.integers(1, 3))
+def test_high_throughput_size_hint(ranks, tokens, blocks, topk, fp8, held):
+    """Slabs of the most rows there can be, one after another."""
+    hidden, scales = 128 * blocks, blocks if fp8 else 0
+    hidden_bytes = hidden if fp8 else 2 * hidden
+    hint = high_throughput_size_hint(tokens, hidden, ranks, topk, hidden_bytes, scales, held)
+    end = 0
+    for _ in range(held):
+        end += dispatched_rows(hidden_bytes, topk, topk > 0, scales).nbytes(ranks * tokens)
+    assert end + combined_rows(hidden, topk).nbytes((ranks - 1) * tokens) == hint
+
+
+def test_a_slab_by_hand():
+    """1000 rows of 7168 bf16 with top-8: each section begins at the next multiple of 128."""
+    rows = dispatched_rows(14_336, 8, True)
+    assert [(s.name, s.offset, s.nbytes) for s in rows.sections(1000)] == [
+        ("row", 0, 14_336_000),
+        ("source", 14_336_000, 4_000),
+        ("topk_idx", 14_340_096, 64_000),               # 14336000 + 4096
+        ("topk_weights", 14_404_096, 32_000),
+        ("scales", 14_436_096, 0),
+    ]
+    assert rows.nbytes(1000) == 14_436_096 and rows.fit(14_436_096) == 1000 and rows.fit(14_436_095) == 999
+
+
+@given(st.integers(0, 10**6), RANKS)
+def test_the_heap_begins_behind_control_words_and_halves(num_rdma_bytes, ranks):
+    offset = heap_offset(num_rdma_bytes, ranks)
+    assert offset % LINE == 0 and offset >= control_bytes(ranks) and offset >= num_rdma_bytes
+    assert offset >= control_bytes(ranks) + 2 * half_capacity(num_rdma_bytes, ranks)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

@@ -1,17 +1,17 @@
 """Device half of a MemoryChannel: put, signal and wait through addresses that this rank maps.
 
-Two kinds of waits.  A *counter* carries its epoch: it has come when the epoch is the one waited for (or a later one).  *Data*
-announces itself: a word or row has come when none of its 32-bit words is the absence value; who reads it puts that value
-back, so that the slot is ready for the next sender.
+Two kinds of waits.  A *counter* carries its epoch: it has come when the epoch is the one waited for (or a later one).  Where it
+was *released*, what was stored before it has come too.  *Data* announces itself: a word or row has come when none of its 32-bit
+words is the absence value; who reads it puts that value back, so that the slot is ready for the next sender.
 
 Every wait ends.  The first thread of a rank whose wait lasts longer than the timeout writes a record for the host, and all
 waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.
 
 `watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
-`pyep.low_latency`).
+`pyep.low_latency` and `pyep.high_throughput`).
 """
-from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_constant, ld8_relaxed, ld16_relaxed, pause,
-                            polls_per_look, st4, st8, st8_relaxed, st8_release, st16, swap8_if, umod)
+from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_acquire, ld8_constant, ld8_relaxed, ld16_relaxed,
+                            pause, polls_per_look, st4, st8, st8_relaxed, st8_release, st16, swap8_if, umod)
 from ..kernels.op import rare
 
 STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control
@@ -43,6 +43,11 @@ def peer(base, rank):
 def tell(counter, epoch, value):
     """Set a counter in any rank's memory.  Nothing is ordered by it: data announces itself."""
     st8_relaxed(counter, (epoch << 32) | value)
+
+
+def release(counter, epoch):
+    """Set a counter in any rank's memory, after all that this thread has seen or stored: for data that does not announce itself."""
+    st8_release(counter, epoch << 32)
 
 
 # ---- giving up -------------------------------------------------------------------------------------------------------
@@ -106,6 +111,15 @@ def wait_epoch(watch, wait, source, counter, goal):
             deadline = patience(deadline, watch, wait, source, counter, goal, value)
         value = ld8_relaxed(counter)
     return 1 if deadline >= 0 else 0
+
+
+def wait_released(watch, wait, source, counter):
+    """Wait until a counter was released for this operation: what was stored before is visible from here on.  1, or 0 if never."""
+    value = ld8_acquire(counter)
+    if (value >> 32) & 0xFFFFFFFF != watch[2]:
+        wait_count(watch, wait, source, counter)
+        value = ld8_acquire(counter)
+    return 1 if (value >> 32) & 0xFFFFFFFF == watch[2] else 0
 
 
 @rare

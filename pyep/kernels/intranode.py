@@ -1,0 +1,104 @@
+"""What the high-throughput kernels inside one node share: template parameters, epochs, how rows find their place, how a launch
+ends.
+
+A rank says where it wants rows; its peers push them there; they say when they are done.  Nothing is cut into rings or buffered on
+the way: the layout is known before the first row moves, so every row has a final address.
+
+Each launch has an epoch of its own, the same on all ranks since all make the same calls.  A rank ends a launch only when every
+peer is done with it: what it tells in the next one overwrites nothing that is still to be read.
+
+The kernels are in `intranode_layout`, `intranode_notify`, `intranode_dispatch` and `intranode_combine`.
+"""
+from ..channels.memory import next_epoch, peer, release, tell, wait_count, wait_released
+from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, num_blocks, num_threads, st8, st8_shared, syncthreads,
+                   syncthreads_or, thread_rank, udiv)
+from .low_latency import start
+
+# Template parameters, compiled in by `bind`.
+RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0
+INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
+ROW_BYTES = 0                                   # of a row's values
+WEIGHTED = 0                                    # 1: topk_weights travel with the rows
+HT_EPOCH = HT_COUNTS = HT_COUNTS_STRIDE = PLACE = DONE = CHUNK = ARRIVED = FAILED = 0           # offsets, see pyep.layout
+MAX_BLOCKS = MAX_CHUNKS = LINE = 0
+
+# Sections, in the order of pyep.layout.Rows.
+ROW, SOURCE, TOPK_IDX, TOPK_WEIGHTS, SCALES = range(5)
+
+# What a wait waits for, and what else ends a launch; pyep.high_throughput puts them in words.  Low latency has the numbers below.
+(NOTIFY_COUNT, DISPATCH_PLACE, DISPATCH_DONE, COMBINE_PLACE, COMBINE_CHUNK, COMBINE_DONE, OTHER_LAYOUT, TOO_MANY_ROWS,
+ BAD_SELECTION) = range(101, 110)
+
+
+def enter(base, timeout):
+    """How every kernel begins: its watch, see `channels.memory`."""
+    start()
+    return base, timeout, next_epoch(ld8(base + HT_EPOCH + 8 * block_rank()))
+
+
+def leave(watch):
+    """Leave the epoch for the next launch, whatever its grid: block b alone reads copy b and alone writes b, b + blocks, ..."""
+    base, _, epoch = watch
+    syncthreads()
+    block = block_rank() + num_blocks() * thread_rank()
+    while block < MAX_BLOCKS:
+        st8(base + HT_EPOCH + 8 * block, epoch)
+        block += num_blocks() * num_threads()
+
+
+# ---- where rows go ---------------------------------------------------------------------------------------------------
+
+def tell_place(watch, me, section, address):
+    """Tell every rank where in this rank's symmetric memory it wants a section; the first block does.  Nothing more is promised
+    than that nobody here uses that memory any more: it is for the peers alone until all are done."""
+    base, _, epoch = watch
+    rank = thread_rank()
+    while rank < RANKS and block_rank() == 0:
+        tell(peer(base, rank) + PLACE + LINE * me + 8 * section, epoch, (address - base) >> 4)
+        rank += num_threads()
+
+
+def wait_places(watch, wait, sections, table):
+    """A block waits until every rank has told the places of its first `sections` sections, and puts their addresses, as this rank
+    maps them, into shared memory: `table` [R][sections].
+
+    The block meets here.  Returns 1, or 0 if a rank has not told, or this rank has given up: then nothing may be sent.
+    """
+    base, _, _ = watch
+    missing = ld8_relaxed(base + FAILED)
+    i = thread_rank()
+    while i < RANKS * sections:
+        rank = udiv(i, sections)
+        place = wait_count(watch, wait, rank, base + PLACE + LINE * rank + 8 * (i - rank * sections))
+        missing |= 1 if place == 0 else 0                        # no section is at byte 0: control words are
+        st8_shared(table + 8 * i, peer(base, rank) + 16 * place)
+        i += num_threads()
+    return 1 - syncthreads_or(missing)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+def finish(watch, wait, me):
+    """How a kernel ends that sends and receives: when the last block of this rank has come here, every rank is told that this one
+    is done, and that block waits until all are.  So what has arrived is complete once the kernel has ended.
+
+    All that any thread of this rank has stored is ordered before the word: by `syncthreads` within its block, by the atomic add
+    among blocks, by the release between ranks.  A rank that has given up says nothing: what it sent is not complete.
+    """
+    base, _, epoch = watch
+    syncthreads()
+    last = 0
+    if thread_rank() == 0:
+        last = 1 if fetch_add8(base + ARRIVED, 1) == num_blocks() - 1 else 0
+    if syncthreads_or(last) != 0:
+        if thread_rank() == 0:
+            st8(base + ARRIVED, 0)
+        rank = thread_rank()
+        while rank < RANKS and ld8_relaxed(base + FAILED) == 0:
+            release(peer(base, rank) + DONE + LINE * me, epoch)
+            rank += num_threads()
+        rank = thread_rank()
+        while rank < RANKS:
+            wait_released(watch, wait, rank, base + DONE + LINE * rank)
+            rank += num_threads()
+    leave(watch)
