@@ -1,13 +1,7 @@
-"""The oracle: what each operation must return, in plain NumPy over the inputs of all ranks at once.
+"""Low latency: what dispatch and combine must return, in each of their modes.
 
-Nothing here is distributed or fast. Every argument and every result is a list indexed by rank, and a kernel is right
-when each rank's result equals the oracle's entry for that rank, bit for bit. To learn what dispatch means, read
-`places`, then `expert_major` and `rank_major`, its two layouts. The three combines are the three recipes of the way
-back. `quantize` is FP8.
-
-Notation: R ranks, E experts, L = E / R experts per rank (expert e is local expert e % L of rank e // L), T_r tokens of
-rank r, M the most tokens any rank may dispatch, K top-k, H hidden. A *selection* is one entry (source rank, token, k)
-of `topk_idx`; the entry -1 selects nothing.
+To learn what dispatch means, read `places`, then `expert_major` and `rank_major`, its two layouts. The three combines
+are the three recipes of the way back.
 """
 
 from typing import NamedTuple
@@ -15,29 +9,20 @@ from typing import NamedTuple
 import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 
-BLOCK = 128  # consecutive values of a token that share an FP8 scale
-E4M3_MAX = np.float32(448)
-LEAST_AMAX = np.float32(1e-4)  # so that a block of zeros has a scale to divide by
+from .arithmetic import fma32, to_bf16
+from .fp8 import pack_ue8m0, quantize
+from .routing import local_experts, tokens_for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who gets what
 
 
 def owners(topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
-    """The rank that every selection goes to, and which of that rank's local experts it names.
-
-    topk_idx: list of [T_r, K] int. Returns a list of pairs (rank, expert) of [T_r, K] int arrays, -1 in both where
-    topk_idx is -1. ValueError for a routing that cannot be.
-    """
-    num_ranks, most = len(topk_idx), max(len(idx) for idx in topk_idx)
-    if num_experts % num_ranks:
-        raise ValueError(f"{num_experts} experts do not divide among {num_ranks} ranks")
+    """`local_experts` of tokens that a low-latency dispatch accepts: ValueError if a rank has too many."""
+    most = max(len(idx) for idx in topk_idx)
     if most > num_max_dispatch_tokens_per_rank:
         raise ValueError(f"a rank has {most} tokens, at most {num_max_dispatch_tokens_per_rank} are allowed")
-    if any(np.any((idx < -1) | (idx >= num_experts)) for idx in topk_idx):
-        raise ValueError(f"topk_idx must lie in -1..{num_experts - 1}")
-    experts_per_rank = num_experts // num_ranks
-    return [tuple(np.where(idx < 0, -1, part) for part in np.divmod(idx, experts_per_rank)) for idx in topk_idx]
+    return local_experts(topk_idx, num_experts)
 
 
 def places(topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
@@ -60,16 +45,6 @@ def places(topk_idx, num_max_dispatch_tokens_per_rank, num_experts):
         raise ValueError(f"an expert was selected {row.max() + 1} times, it has room for {capacity} rows")
     starts = np.cumsum([len(idx) for idx in topk_idx])[:-1]
     return [(*pair, rows) for pair, rows in zip(owned, np.split(row, starts))]
-
-
-def tokens_for(rank, destination):
-    """The tokens that select at least one expert of rank `destination`, each once, in order.
-
-    In the rank-major layout, the i-th of them is row i of what `destination` has from this source.
-
-    rank: [T, K] int, of `owners`. Returns an int array.
-    """
-    return np.flatnonzero((rank == destination).any(axis=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +145,25 @@ def rank_major(x, topk_idx, topk_weights, num_max_dispatch_tokens_per_rank, num_
     return received
 
 
+def to_fp8(got, round_scale, use_ue8m0):
+    """A `Dispatched` of bf16 as one of FP8: recv_x becomes the pair (data, scales).
+
+    data: [G, N, H] e4m3. scales: [G, N, H/128] fp32 or, with use_ue8m0, [G, N, H/512] int32; column-major, that is, a
+    view with its last two axes swapped of a contiguous [G, H/128, N], which is how DeepEP hands them to TMA.
+    """
+    if use_ue8m0 and not round_scale:
+        raise ValueError("use_ue8m0 needs round_scale: only the exponent of a scale is kept")
+    valid = got.src_info >= 0
+    data, scales = quantize(got.recv_x[valid], round_scale)  # per token, so before or after it travels is the same
+    if use_ue8m0:
+        scales = pack_ue8m0(scales)
+    (groups, rows), columns = valid.shape, scales.shape[1]
+    recv_data = np.zeros(got.recv_x.shape, float8_e4m3fn)
+    recv_scales = np.zeros((groups, columns, rows), scales.dtype).swapaxes(1, 2)
+    recv_data[valid], recv_scales[valid] = data, scales
+    return got._replace(recv_x=(recv_data, recv_scales))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Combine
 
@@ -242,98 +236,3 @@ def weighted_sum(y, place, weights, ranks):
             t = np.flatnonzero(rank[:, k] == r)
             total[t] = fma32(weights[t, k, None], y[r][expert[t, k], row[t, k]], total[t])
     return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FP8
-
-
-def quantize(x, round_scale=False):
-    """A token as 8-bit floats, each block of 128 values with a scale of its own: x is about data * scale.
-
-    amax = max(|x|, 1e-4) of the block, NaNs apart; scale = amax / 448; data = e4m3(x * (448 / amax)); each operation
-    rounds to fp32. round_scale: the scale is rounded up to a power of two, and data = e4m3(x * (1 / scale)). A block
-    with an infinity has scale = infinity, and data = NaN for the infinities, 0 for what is finite.
-
-    x: [..., H] bf16, H a multiple of 128. Returns (data [..., H] float8_e4m3fn, scales [..., H/128] fp32).
-    """
-    if x.shape[-1] % BLOCK:
-        raise ValueError(f"hidden is {x.shape[-1]}; FP8 needs a multiple of {BLOCK}")
-    with np.errstate(all="ignore"):
-        blocks = x.astype(np.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-        amax = np.fmax.reduce(np.abs(blocks), axis=-1, keepdims=True, initial=LEAST_AMAX)
-        scale, factor = amax / E4M3_MAX, E4M3_MAX / amax
-        if round_scale:
-            # fp32 bits are sign, 8 bits of exponent, 23 of mantissa. Adding 23 ones carries into the exponent unless
-            # the mantissa is 0, that is, unless this is a power of two already. Infinity stays what it is.
-            scale = ((scale.view(np.int32) + 0x7FFFFF) & 0x7F800000).view(np.float32)
-            factor = 1 / scale
-        return to_e4m3(blocks * factor).reshape(x.shape), scale[..., 0]
-
-
-def to_e4m3(values):
-    """fp32 to float8_e4m3fn: to nearest even, saturating at +-448 (infinities too); every NaN is the byte 0x7f."""
-    with np.errstate(all="ignore"):
-        clipped = np.clip(values, -E4M3_MAX, E4M3_MAX)  # ml_dtypes makes NaNs of what is too large
-        return np.where(np.isnan(values), np.float32(np.nan), clipped).astype(float8_e4m3fn)
-
-
-def pack_ue8m0(scales):
-    """Scales that are powers of two, as their 8-bit biased exponents; four consecutive ones make an int32.
-
-    scales: [..., H/128] fp32, H a multiple of 512. Returns [..., H/512] int32, the first block in the lowest byte.
-    """
-    if scales.shape[-1] % 4:
-        raise ValueError(f"hidden is {scales.shape[-1] * BLOCK}; use_ue8m0 needs a multiple of {4 * BLOCK}")
-    exponents = np.ascontiguousarray(scales).view(np.uint32) >> 23
-    return exponents.astype(np.uint8).view("<i4")
-
-
-def to_fp8(got, round_scale, use_ue8m0):
-    """A `Dispatched` of bf16 as one of FP8: recv_x becomes the pair (data, scales).
-
-    data: [G, N, H] e4m3. scales: [G, N, H/128] fp32 or, with use_ue8m0, [G, N, H/512] int32; column-major, that is, a
-    view with its last two axes swapped of a contiguous [G, H/128, N], which is how DeepEP hands them to TMA.
-    """
-    if use_ue8m0 and not round_scale:
-        raise ValueError("use_ue8m0 needs round_scale: only the exponent of a scale is kept")
-    valid = got.src_info >= 0
-    data, scales = quantize(got.recv_x[valid], round_scale)  # per token, so before or after it travels is the same
-    if use_ue8m0:
-        scales = pack_ue8m0(scales)
-    (groups, rows), columns = valid.shape, scales.shape[1]
-    recv_data = np.zeros(got.recv_x.shape, float8_e4m3fn)
-    recv_scales = np.zeros((groups, columns, rows), scales.dtype).swapaxes(1, 2)
-    recv_data[valid], recv_scales[valid] = data, scales
-    return got._replace(recv_x=(recv_data, recv_scales))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic
-
-
-def to_bf16(values):
-    """fp32 to bf16, to nearest even."""
-    with np.errstate(all="ignore"):  # NaN and overflow to infinity are results, not accidents
-        return values.astype(bfloat16)
-
-
-def fma32(a, b, c):
-    """a * b + c in fp32 with one rounding (to nearest even), as the fma instruction does it.
-
-    a, b, c: arrays or scalars that broadcast, fp32 or exactly convertible to it (bf16). Returns fp32.
-    """
-    with np.errstate(all="ignore"):
-        a, b, c = (np.asarray(v, np.float32).astype(np.float64) for v in (a, b, c))
-        product = a * b  # exact: 24 x 24 bits fit in 53, and float64 has exponents to spare
-        total = product + c
-        # TwoSum (Knuth): total + error is exactly product + c. The error of an infinite or NaN total means nothing.
-        c_part = total - product
-        error = (product - (total - c_part)) + (c - c_part)
-        inexact = np.isfinite(total) & (error != 0)
-        # `total` may have been rounded onto the midpoint of two fp32 values, and rounding that once more goes wrong.
-        # So the first rounding is made one to odd: an inexact sum takes that of its two float64 neighbours whose last
-        # bit is set. It is never a midpoint, and it lies on the same side of every midpoint as the exact sum.
-        even = (total.view(np.int64) & 1) == 0
-        to_odd = np.nextafter(total, np.copysign(np.inf, error))
-        return np.where(inexact & even, to_odd, total).astype(np.float32)
