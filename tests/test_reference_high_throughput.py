@@ -107,8 +107,7 @@ def test_combine_by_hand():
         ([], [1, 2**-8, 2**-8], 1 + 2**-7),  # the sum is fp32, rounded once
         ([], [1, 2**-8, 0], 1),  # ties of that rounding go to even
         ([], [-0.0, -0.0, -0.0], 0.0),  # added to +0.0
-        ([-0.0], [-0.0, -0.0, -0.0], -0.0),  # a bias is not added to zero: the sum begins with it
-        ([-0.0, -0.0], [-0.0, -0.0, -0.0], -0.0),
+        ([-0.0, -0.0], [-0.0, -0.0, -0.0], 0.0),  # a bias too
         ([-0.0, 0.0], [-0.0, -0.0, -0.0], 0.0),
         ([2**30], [1, -(2**30), 1], 1),  # the bias comes first
         ([2**30, 1], [-(2**30), 0, 0], 0),

@@ -159,7 +159,7 @@ def combine(x, handles, topk_weights=None, bias=None):
     """Sum what the ranks made of a token, in rank order.
 
     out[t] = bf16(b + sum over the ranks that t went to, in rank order, of x): additions in fp32 from b, one rounding to
-    nearest even at the end. b is +0.0, or the bias, or the fp32 sum of two of them. A token that went nowhere is b.
+    nearest even at the end. b is +0.0, plus the bias, plus a second one. A token that went nowhere is b.
 
     x: list of [N_r, H] bf16, in the rows of dispatch. handles: list of `HighThroughputHandle`. topk_weights: None or
     list of [N_r, K] fp32, summed beside x from +0.0. bias: None, or a list of arrays [T_r, H] bf16 or of pairs of such.
@@ -181,11 +181,10 @@ def combine(x, handles, topk_weights=None, bias=None):
 
 def start_of_sum(bias, num_tokens, hidden):
     """What the sums of a rank's tokens begin with: [T, H] fp32."""
-    if bias is None:
-        return np.zeros((num_tokens, hidden), np.float32)
-    if isinstance(bias, tuple):
-        return bias[0].astype(np.float32) + bias[1].astype(np.float32)
-    return bias.astype(np.float32)  # also a -0.0 stays what it is
+    total = np.zeros((num_tokens, hidden), np.float32)
+    for one in () if bias is None else bias if isinstance(bias, tuple) else (bias,):
+        total += one.astype(np.float32)
+    return total
 
 
 def add_rows(total, handles, source, rows_of_all):
