@@ -1,4 +1,5 @@
 """What only GPUs have: graphs, streams, several ranks on one GPU, errors that arrive late."""
+import dataclasses
 import time
 
 import pytest
@@ -65,29 +66,42 @@ def test_graph_replays(async_finish):
     ranks.run(2, replay_graph, 40, async_finish)
 
 
-def many_replays(comm, replays):
-    """Replays back to back, without a host in between; the last result must be the first one's."""
+def replay_back_to_back(comm, replays, fp8, layout, weighted):
+    """Replays without a host in between, each with other tokens and another routing; the GPU compares what they return."""
     import cupy
+    cases = [dataclasses.replace(made(comm, seed), fp8=fp8, layout=layout, weighted=weighted) for seed in range(16)]
     with buffer_for(comm) as buf, cupy.cuda.Stream(non_blocking=True) as stream:
-        case = made(comm, 3)
-        run_round(buf, case)
-        x, idx, w, y = (up(a[comm.rank]) for a in case.make())
+        me, first = comm.rank, cases[0]
+        run_round(buf, first)                                    # compiles
+        all_inputs = [case.make() for case in cases]
+        inputs = [[up(array[me]) for array in arrays] for arrays in all_inputs]
+        dispatched = [case.dispatched(x, idx, w)[me] for case, (x, idx, w, _) in zip(cases, all_inputs)]
+        counts = [up(d.recv_count) for d in dispatched]
+        combined = [up(case.combined(y, idx, w)[me]) for case, (_, idx, w, y) in zip(cases, all_inputs)]
+        x, idx, w, y = (array.copy() for array in inputs[0])
+        weights = w if weighted else None
         stream.begin_capture()
-        got = buf.low_latency_dispatch(x, idx, case.max_tokens, case.experts, use_fp8=False)
-        combined, event, _ = buf.low_latency_combine(y, idx, w, got.handle)
+        got = buf.low_latency_dispatch(x, idx, first.max_tokens, first.experts, topk_weights=weights, **first.options)
+        out, _, _ = buf.low_latency_combine(y, *((idx, w) if first.direct else (None, None)), got.handle)
         graph = stream.end_capture()
-        for _ in range(replays):
+        wrong = cupy.zeros((), "int64")
+        for i in range(replays):
+            turn = i % len(cases)
+            for array, values in zip((x, idx, w, y), inputs[turn]):
+                array[...] = values
             graph.launch(stream)
+            wrong += (out.view("uint16") != combined[turn].view("uint16")).sum() + (got.recv_count != counts[turn]).sum()
         stream.synchronize()
         buf._connection.check()
-        all_x, all_idx, all_w, all_y = case.make()
-        want = reference.low_latency_combine(all_y, all_idx, all_w, case.max_tokens, case.experts)[comm.rank]
-        assert_same(down(combined), want, "after many replays")
+        assert_dispatched(got, dispatched[turn])
+        assert int(wrong) == 0
 
 
 @pytest.mark.multi_gpu
-def test_thousands_of_replays():
-    ranks.run(2, many_replays, 5000)
+@pytest.mark.parametrize("mode", [("", "expert_major", False), ("", "expert_major", True), ("", "rank_major", True),
+                                  ("fp8", "expert_major", False)], ids=["direct", "reduced", "rank_major", "fp8"])
+def test_ten_thousand_replays(mode):
+    ranks.run(2, replay_back_to_back, 10_000, *mode)
 
 
 SPIN = r"""
