@@ -22,10 +22,21 @@ def down(array):
 
 
 def make_buffer(comm, M, H, E, K, **options):
-    """A Buffer with the memory that operations of this shape need; more or other arguments in `options`."""
+    """A Buffer with the memory that low-latency operations of this shape need; more or other arguments in `options`."""
+    choose_gpu()
+    size = pyep.Buffer.get_low_latency_rdma_size_hint(M, H, comm.size, E, num_topk=K)
+    return pyep.Buffer(**dict(comm=comm, num_rdma_bytes=size, low_latency_mode=True) | options)
+
+
+def make_high_throughput_buffer(comm, num_nvl_bytes, **options):
+    """A Buffer for high-throughput operations alone; more or other arguments in `options`."""
+    choose_gpu()
+    return pyep.Buffer(**dict(comm=comm, num_nvl_bytes=num_nvl_bytes) | options)
+
+
+def choose_gpu():
+    """Make this rank's GPU the current one."""
     if on_gpu():
         import cupy
         from mpi4py import MPI
         cupy.cuda.Device(MPI.COMM_WORLD.rank % cupy.cuda.runtime.getDeviceCount()).use()        # also for a buffer of its own
-    size = pyep.Buffer.get_low_latency_rdma_size_hint(M, H, comm.size, E, num_topk=K)
-    return pyep.Buffer(**dict(comm=comm, num_rdma_bytes=size, low_latency_mode=True) | options)

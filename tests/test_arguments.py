@@ -1,5 +1,4 @@
 """Wrong arguments: an error before anything is launched that names the argument, what it was and what is accepted."""
-import contextlib
 import re
 import time
 
@@ -9,6 +8,7 @@ import ranks
 from case import Case, assert_dispatched, run_round
 from engine import down, make_buffer, on_gpu, up
 from ml_dtypes import bfloat16
+from rejection import read_only, rejected, zeros
 
 from pyep import Buffer, EPBufferTooSmallError, EPClosedError, EPRoutingError, EPTransportError, reference
 from pyep.config import Config
@@ -19,15 +19,6 @@ OTHER = Case(2, M, H, E, K, (M,))
 SMALL = Case(3, 1, 8, 1, 1, (1,))
 
 
-def zeros(*shape, dtype=bfloat16):
-    return up(np.zeros(shape, dtype))
-
-
-def read_only(array):
-    array.flags.writeable = False
-    return array
-
-
 def accepted(case, buf):
     """Arguments of a dispatch and of a combine that the buffer accepts, by operation."""
     x, topk_idx, topk_weights, y = (up(of_all[0]) for of_all in case.make())
@@ -36,27 +27,6 @@ def accepted(case, buf):
     handle = buf.low_latency_dispatch(**dispatch).handle
     combine = dict(x=y, topk_idx=topk_idx, topk_weights=topk_weights, handle=handle)
     return dict(low_latency_dispatch=dispatch, low_latency_combine=combine)
-
-
-@contextlib.contextmanager
-def nothing_launched():
-    """Fail if a kernel is launched."""
-    if on_gpu():
-        from pyep.kernels.cuda import CudaKernel as Kernel
-    else:
-        from pyep.kernels.cpu import CpuKernel as Kernel
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kernel, "launch", lambda *args: pytest.fail("a kernel was launched"))
-        yield
-
-
-@contextlib.contextmanager
-def rejected(error, *words):
-    """Fail unless this error is raised, with all of the words in its message."""
-    with nothing_launched(), pytest.raises(error) as caught:
-        yield caught
-    missing = [word for word in words if word not in str(caught.value)]
-    assert not missing, f"{missing} not in {str(caught.value)!r}"
 
 
 # ---- construction ----------------------------------------------------------------------------------------------------
