@@ -21,14 +21,14 @@ from pyep import layout, reference
 from pyep.channels.memory import LAST_EPOCH, next_epoch, previous_epoch, reached
 from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
-from pyep.kernels.lang import (absence, absent, add4, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns, div,
-                               f32_of, fetch_add8, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8, ld8_acquire,
-                               ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_if,
+from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns,
+                               div, f32_of, fetch_add8, fma8, lane, ld1_nc_if, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8,
+                               ld8_acquire, ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_if,
                                ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks,
-                               num_threads, pause, polls_per_look, popc, present, previous_kernel_done, shared, shfl, shfl_xor,
-                               st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed,
-                               swap8_if, sync_first_threads, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16,
-                               to_e4m3, udiv, umod, warp_size, zeros)
+                               num_threads, pause, polls_per_look, popc, present, previous_kernel_done, shared, shfl, shfl_xor, st1,
+                               st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed,
+                               swap8_if, sync_first_threads, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3,
+                               udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -240,6 +240,7 @@ def wanted_rows(rows, offsets, wanted, n, out):
         st8(at + 32, ld8_relaxed_if(address, want))
         st8(at + 40, ld8_nc_if(address, want))
         st8(at + 48, ld4_nc_if(address, want))
+        st8(at + 56, ld1_nc_if(address + 2, want))
         st16(at + 64, ld16_if(address, want))
         i += all_threads()
 
@@ -252,8 +253,8 @@ def test_unwanted_memory_is_not_touched(shape):
         offsets = filled(np.where(wanted, 16 * np.arange(len(wanted)), FAR))
         run(wanted_rows, shape, rows, offsets, wanted, len(wanted), out)
         signed = rows.view(np.int32)[:, :1]
-        there = np.concatenate([rows, rows, rows[:, :1], rows[:, :1], signed], axis=1)
-        np.testing.assert_array_equal(out[:, :7], np.where(wanted[:, None] != 0, there, 0))
+        there = np.concatenate([rows, rows, rows[:, :1], rows[:, :1], signed, rows.view(np.uint8)[:, 2:3]], axis=1)
+        np.testing.assert_array_equal(out[:, :8], np.where(wanted[:, None] != 0, there, 0))
         np.testing.assert_array_equal(out[:, 8:], np.where(wanted[:, None] != 0, rows, 0))
 
 
@@ -701,6 +702,33 @@ def test_shared_words(shape):
         values, out = random_words(seed, blocks, threads), memory(blocks, threads)
         run(exchange_words, shape, values, out, shared_bytes=4 * threads)
         np.testing.assert_array_equal(out, values.astype(np.int32)[:, ::-1])
+
+
+def count_in_block(values, rounds, out):
+    """The block's threads add their values to two counters of 4 bytes, side by side, a number of times."""
+    for k in range(2):
+        if thread_rank() == 0:
+            st4_shared(shared() + 4 * k, 0)
+    syncthreads()
+    i = 0
+    while i < rounds:
+        add4_shared(shared(), ld8(values + 8 * my_thread()))
+        add4_shared(shared() + 4, 1)
+        i += 1
+    syncthreads()
+    st8(out + 16 * my_thread(), ld4_shared(shared()))
+    st8(out + 16 * my_thread() + 8, ld4_shared(shared() + 4))
+
+
+@shapes(NARROW, WIDE, ODD, ON_GPU)
+def test_adds_in_shared_memory(shape):
+    blocks, (threads, _) = shape
+    values, rounds = random_words(3, blocks, threads), 500
+    out = memory(blocks, threads, 2)
+    run(count_in_block, shape, values, rounds, out, shared_bytes=8)
+    totals = (values.sum(axis=1, keepdims=True) * rounds).astype(np.int32)      # modulo 2**32
+    np.testing.assert_array_equal(out[..., 0], np.broadcast_to(totals, (blocks, threads)))
+    assert (out[..., 1] == rounds * threads).all()
 
 
 def ask_block(votes, rounds, out):

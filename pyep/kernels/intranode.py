@@ -15,7 +15,7 @@ from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, num_blocks, num_thr
 from .low_latency import start
 
 # Template parameters, compiled in by `bind`.
-RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0
+RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0      # TOPK: 0 where no top-k indices travel
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 ROW_BYTES = 0                                   # of a row's values
 WEIGHTED = 0                                    # 1: topk_weights travel with the rows
@@ -78,21 +78,26 @@ def wait_places(watch, wait, sections, table):
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
+def is_last_block(base):
+    """Whether this is the last block of the launch to come here: what the others had stored before they came, its threads see.
+    The block meets here."""
+    syncthreads()
+    last = 0
+    if thread_rank() == 0 and fetch_add8(base + ARRIVED, 1) == num_blocks() - 1:
+        st8(base + ARRIVED, 0)                                   # for the next launch
+        last = 1
+    return syncthreads_or(last) != 0
+
+
 def finish(watch, wait, me):
-    """How a kernel ends that sends and receives: when the last block of this rank has come here, every rank is told that this one
-    is done, and that block waits until all are.  So what has arrived is complete once the kernel has ended.
+    """How a kernel ends that sends and receives: once all blocks of this rank have come here, every rank is told that this one is
+    done, and the last block waits until all are.  So what has arrived is complete when the kernel has ended.
 
     All that any thread of this rank has stored is ordered before the word: by `syncthreads` within its block, by the atomic add
     among blocks, by the release between ranks.  A rank that has given up says nothing: what it sent is not complete.
     """
     base, _, epoch = watch
-    syncthreads()
-    last = 0
-    if thread_rank() == 0:
-        last = 1 if fetch_add8(base + ARRIVED, 1) == num_blocks() - 1 else 0
-    if syncthreads_or(last) != 0:
-        if thread_rank() == 0:
-            st8(base + ARRIVED, 0)
+    if is_last_block(base):
         rank = thread_rank()
         while rank < RANKS and ld8_relaxed(base + FAILED) == 0:
             release(peer(base, rank) + DONE + LINE * me, epoch)

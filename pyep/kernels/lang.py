@@ -149,6 +149,12 @@ def ld4_nc_if(address, wanted):
     """`ld4_nc` where wanted != 0, else 0 without touching memory."""
 
 
+@op(i64, (i64, i64), ptx="{ .reg .pred p; .reg .b32 t; setp.ne.s64 p, $2, 0; mov.b32 t, 0; @p ld.global.nc.u8 t, [$1];"
+    " cvt.u64.u32 $0, t; }", cpu=llvm.load_if(llvm.load(llvm.I8)))
+def ld1_nc_if(address, wanted):
+    """Load a byte, 0 to 255, that nobody writes while the kernel runs, where wanted != 0, else 0 without touching memory."""
+
+
 @op(void, (i64, i64), ptx="st.global.u8 [$0], $1;", cpu=llvm.store(llvm.I8))
 def st1(address, value):
     """Store the low byte of `value`; weak."""
@@ -391,6 +397,12 @@ def ld4_shared(address):
 @op(void, (i64, i64), ptx="{ .reg .b32 a; cvt.u32.u64 a, $0; st.shared.u32 [a], $1; }", cpu=llvm.store(I32))
 def st4_shared(address, value):
     """Store the low 4 bytes of `value` in shared memory."""
+
+
+@op(void, (i64, i64), ptx="{ .reg .b32 a,t; cvt.u32.u64 a, $0; cvt.u32.u64 t, $1; red.relaxed.cta.shared.add.u32 [a], t; }",
+    cpu=llvm.add_atomic("monotonic", I32))
+def add4_shared(address, value):
+    """Add to 4 bytes of shared memory; relaxed among the block's threads."""
 
 
 # ---- the kernels before and after this one on the stream: "programmatic dependent launch" ----------------------------

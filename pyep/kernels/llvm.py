@@ -47,14 +47,15 @@ def pointer(b, address, t=I64):
 
 
 def load(t=I64, order=None, signed=True):
-    """Load a `t`, widened to int64 (with its sign or with zeros) if it is a smaller integer; `order` makes it atomic."""
+    """Load a `t`, widened to int64 if it is a smaller integer (with its sign, if it is to have one; a byte has none); `order` makes
+    it atomic."""
     def emit(b, machine, address):
         p = pointer(b, address, t)
         if t == V16:
             return b.load(p, align=16)
         value = b.load_atomic(p, order, t.width // 8) if order else b.load(p)
-        if t == I32:
-            value = b.sext(value, I64) if signed else b.zext(value, I64)
+        if t in (I8, I32):
+            value = b.sext(value, I64) if signed and t == I32 else b.zext(value, I64)
         return value
     return emit
 
