@@ -55,6 +55,15 @@ class Library:
         """A `Memory` as an array of uint8, not copied."""
         raise NotImplementedError
 
+    def lent(self, memory, dtype, shape):
+        """An array over the first bytes of a `Memory`, which lives as long as the array and its views.  dtype: its name."""
+        dtype = self.dtype_of(dtype)
+        return self.of_memory(memory)[:math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def dtype_of(self, name):
+        """The library's dtype of a name."""
+        return np.dtype(getattr(ml_dtypes, name, name))
+
     def external_stream(self, stream, device):
         """A stream of a GPU that somebody else owns (a CUstream as an int), as the library's own kind of object."""
         raise NotImplementedError
@@ -67,7 +76,7 @@ class _NumPy(Library):
     is_writable = staticmethod(lambda array: array.flags.writeable)
 
     def empty(self, shape, dtype):
-        return np.empty(shape, getattr(ml_dtypes, dtype, dtype))
+        return np.empty(shape, self.dtype_of(dtype))
 
     def signature(self, array):
         return type(array), array.shape, array.dtype, array.flags.num
@@ -88,9 +97,10 @@ class _CuPy(Library):
         self.cupy = cupy
 
     def empty(self, shape, dtype):
-        if dtype == "float8_e4m3fn":
-            dtype = "uint8"                                      # CuPy has no FP8: the bytes, for others to view
-        return self.cupy.empty(shape, getattr(ml_dtypes, dtype, dtype))
+        return self.cupy.empty(shape, self.dtype_of(dtype))
+
+    def dtype_of(self, name):
+        return super().dtype_of("uint8" if name == "float8_e4m3fn" else name)    # CuPy has no FP8: the bytes, for others to view
 
     def signature(self, array):
         return type(array), array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id
@@ -124,7 +134,7 @@ class _Torch(Library):
         return array.device.index or 0
 
     def empty(self, shape, dtype):
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.engine)
+        return self.torch.empty(shape, dtype=self.dtype_of(dtype), device=self.engine)
 
     def signature(self, array):
         return type(array), array.shape, array.dtype, array.is_contiguous(), array.device
@@ -137,6 +147,9 @@ class _Torch(Library):
 
     def of_memory(self, memory):
         return self.torch.as_tensor(memory, device="cuda") if self.engine == "cuda" else self.torch.from_numpy(np.asarray(memory))
+
+    def dtype_of(self, name):
+        return getattr(self.torch, name)
 
     def external_stream(self, stream, device):
         return self.torch.cuda.ExternalStream(stream, device=device)

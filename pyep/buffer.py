@@ -3,19 +3,21 @@
 Its operations are in `buffer_low_latency`.  Names, argument order and meaning follow DeepEP's V1 `deep_ep.Buffer`.
 """
 from . import arrays, config, events, layout
+from .buffer_high_throughput import HighThroughputOperations
 from .buffer_low_latency import LowLatencyOperations
 from .checks import check_construction, check_shape
+from .checks_high_throughput import check_high_throughput_shape
 from .choices import choose_device
 from .connection import Connection
 
 
-class Buffer(LowLatencyOperations):
+class Buffer(LowLatencyOperations, HighThroughputOperations):
     """Symmetric memory over all ranks of a group, and the operations on it.
 
     group, comm: a torch.distributed process group or an mpi4py communicator; exactly one.  Collective.
+    num_nvl_bytes: bytes of symmetric memory for results of high-throughput operations, see `get_high_throughput_size_hint`.
     num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.
-    low_latency_mode: must be True (the high-throughput operations are not there yet).
-    num_nvl_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for
+    low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for
         DeepEP's sake.
     transport: "auto", "host" (CPU engine) or "ipc" (GPUs of one host); the environment's PYEP_TRANSPORT overrides "auto".
     timeout_s: how long a rank waits for another before it raises `EPTimeoutError`.
@@ -30,10 +32,12 @@ class Buffer(LowLatencyOperations):
     def __init__(self, group=None, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False,
                  comm=None, *, transport="auto", timeout_s=100.0):
-        check_construction(group, comm, num_rdma_bytes, low_latency_mode, enable_shrink, timeout_s)
+        check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, enable_shrink, timeout_s)
         self.group = comm if group is None else group
-        self.num_nvl_bytes, self.num_rdma_bytes, self.low_latency_mode = num_nvl_bytes, int(num_rdma_bytes), low_latency_mode
-        super().__init__(Connection(group, comm, self.num_rdma_bytes, transport, timeout_s))
+        self.num_nvl_bytes, self.num_rdma_bytes, self.low_latency_mode = int(num_nvl_bytes), int(num_rdma_bytes), low_latency_mode
+        connection = Connection(group, comm, self.num_rdma_bytes, self.num_nvl_bytes, transport, timeout_s)
+        LowLatencyOperations.__init__(self, connection)
+        HighThroughputOperations.__init__(self, connection, self.num_nvl_bytes)
         self.rank, self.group_size = self._connection.rank, self._connection.size
         self.engine = self._connection.engine.name               # "cpu" or "cuda"
         self.transport = self._connection.transport.name         # "host" or "ipc"
@@ -73,21 +77,20 @@ class Buffer(LowLatencyOperations):
         `pyep.layout.draw`).  Valid until `destroy`.
 
         dtype: PyTorch's for a tensor, else NumPy's.  size: the shape; all there is if None.  offset: in bytes.
-        use_rdma_buffer: must be True; the other buffer, of num_nvl_bytes, belongs to the high-throughput operations.
+        use_rdma_buffer: the memory of the low-latency operations, control words included; else the heap of num_nvl_bytes.
         """
         self._connection.require_usable()
-        if not use_rdma_buffer:
-            raise NotImplementedError("use_rdma_buffer=False: the buffer of the high-throughput operations is not implemented yet; "
-                                      "pass use_rdma_buffer=True")
-        transport = self._connection.transport
-        memory = arrays.Memory(self.engine, transport.base, self._connection.nbytes, transport)
+        transport, heap = self._connection.transport, self._connection.heap
+        begin, nbytes = (0, self._connection.nbytes) if use_rdma_buffer else (heap.offset, heap.nbytes)
+        memory = arrays.Memory(self.engine, transport.base + begin, nbytes, transport.memory)
         return arrays.view(memory, dtype, size, offset)
 
     capture = staticmethod(events.capture)
 
     @staticmethod
     def set_num_sms(new_num_sms):
-        """The SMs of high-throughput operations, an even number, for `Config`s made from now on.  Low-latency ones take all."""
+        """The SMs of high-throughput operations without a `Config`, and of `Config`s made from now on, an even number.  Low-latency
+        operations take all."""
         Buffer.num_sms = config.check_num_sms(new_num_sms)
 
     @staticmethod
@@ -118,6 +121,20 @@ class Buffer(LowLatencyOperations):
         check_shape(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, 1 if num_topk is None else num_topk)
         return layout.low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, num_topk)
 
+    @staticmethod
+    def get_high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk=0, *, hidden_bytes=None, num_results=2):
+        """Bytes of num_nvl_bytes that suffice for high-throughput operations whatever the routing: every token may go to every
+        rank.  (With random routing a good deal less does: a rank receives fewer rows.)
+
+        num_max_tokens: the most that any rank has.  num_topk: of the indices and weights that travel.
+        hidden_bytes: of a token as it is dispatched, 2 * hidden (bf16) if None; FP8 has hidden + hidden / 32.
+        num_results: of how many dispatches the results are held at a time, beside what a combine needs; in `recv_x = dispatch(..)`
+            the old result lives until the new one is there.
+        """
+        check_high_throughput_shape(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results)
+        row = hidden_bytes or 2 * hidden
+        return layout.high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, row, num_results)
+
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def destroy(self):
@@ -129,6 +146,7 @@ class Buffer(LowLatencyOperations):
             self._connection.close()
         finally:
             self._forget()
+            self._forget_high_throughput()
 
     def __enter__(self):
         return self

@@ -8,17 +8,17 @@ from .events import EventOverlap
 from .results import LowLatencyHandle, recv_shape
 
 
-def check_construction(group, comm, num_rdma_bytes, low_latency_mode, enable_shrink, timeout_s):
+def check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, enable_shrink, timeout_s):
     """The arguments of `Buffer`."""
     if (group is None) == (comm is None):
         raise ValueError("pass either group= (torch.distributed) or comm= (mpi4py), and not both")
     if comm is not None and not hasattr(comm, "Idup"):
         raise TypeError(f"comm is {comm!r}; expected an mpi4py communicator")
-    if not low_latency_mode or enable_shrink:
-        raise NotImplementedError(f"low_latency_mode={low_latency_mode!r}, enable_shrink={enable_shrink!r} is not implemented yet; "
-                                  "pass low_latency_mode=True, enable_shrink=False")
-    if not isinstance(num_rdma_bytes, (int, np.integer)) or num_rdma_bytes < 0:
-        raise ValueError(f"num_rdma_bytes is {num_rdma_bytes!r}; expected a number of bytes")
+    if enable_shrink:
+        raise NotImplementedError(f"enable_shrink={enable_shrink!r} is not implemented yet; pass enable_shrink=False")
+    for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
+        if not isinstance(value, (int, np.integer)) or value < 0:
+            raise ValueError(f"{name} is {value!r}; expected a number of bytes")
     if not isinstance(timeout_s, numbers.Real) or not 0 < timeout_s < 1e9:
         raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds, more than 0 and less than 1e9")
 
@@ -64,7 +64,7 @@ def check_mode(hidden, use_fp8, round_scale, use_ue8m0, output_layout):
 def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, out, max_tokens, num_experts, use_fp8, round_scale,
                    use_ue8m0, output_layout):
     """All of a dispatch's arguments but for values and addresses: (library, `LowLatency`, bytes of an entry of topk_idx)."""
-    library = _library_on(engine, x, "x")
+    library = library_on(engine, x, "x")
     arrays.check(x, "x", library, ("bfloat16",), ("T", "H"))
     arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (x.shape[0], "K"))
     (num_tokens, hidden), num_topk = x.shape, topk_idx.shape[1]
@@ -82,12 +82,12 @@ def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, o
         if shape.fp8:
             raise ValueError("out is given with use_fp8=True; expected None: FP8 is received into the buffer's own arrays")
         arrays.check(out, "out", library, ("bfloat16",), (*recv_shape(shape), hidden), writable=True)
-    return library, shape, _index_bytes(library, topk_idx)
+    return library, shape, index_bytes_of(library, topk_idx)
 
 
 def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_info, shape, num_tokens):
     """All of a combine's arguments but for values and addresses; `src_info`, `shape` and `num_tokens` are the handle's."""
-    library = _library_on(engine, x, "x")
+    library = library_on(engine, x, "x")
     if arrays.library_of(src_info, "handle") is not library:
         raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of "
                         f"{arrays.library_of(src_info, 'handle').name} arrays")
@@ -96,7 +96,7 @@ def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_
     if not shape.reduced:
         arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (num_tokens, shape.num_topk))
         arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, shape.num_topk))
-        index_bytes = _index_bytes(library, topk_idx)
+        index_bytes = index_bytes_of(library, topk_idx)
     if waits is not None:
         arrays.check(waits, "combine_wait_recv_cost_stats", library, ("int64",), (num_ranks,), writable=True)
     if out is not None:
@@ -104,7 +104,7 @@ def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_
     return library, shape, index_bytes
 
 
-def _library_on(engine, array, argument):
+def library_on(engine, array, argument):
     """The library of an array, which must be in the engine's memory."""
     library = arrays.library_of(array, argument)
     if library.engine != engine.name:
@@ -115,7 +115,7 @@ def _library_on(engine, array, argument):
     return library
 
 
-def _index_bytes(library, topk_idx):
+def index_bytes_of(library, topk_idx):
     return 8 if library.dtype(topk_idx) == "int64" else 4
 
 

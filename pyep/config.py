@@ -2,13 +2,18 @@
 import dataclasses
 import numbers
 
+from . import layout
+
+MOST_TOPK = 16                          # for size hints that are not told: more than models select
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How many SMs an operation takes, and how many tokens its chunks and its ring buffers hold; names and defaults are DeepEP's.
 
-    pyep's low-latency operations look at none of it, and there are no others yet.  Nor will those have chunks or rings: rows are to
-    be written straight to where they belong.  So only `num_sms` will mean something here.
+    pyep's low-latency operations look at none of it.  Its high-throughput operations take at most `num_sms` SMs.  They have no
+    rings, since rows are written straight to where they belong; but as in DeepEP the memory that a Config asks for grows with
+    `num_max_nvl_chunked_recv_tokens`.
     """
 
     num_sms: int = 20
@@ -26,16 +31,17 @@ class Config:
                 raise ValueError(f"{field.name} is {value}; expected at least {least}")
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
-        """Bytes of num_nvl_bytes for high-throughput operations: not known before there are some."""
-        raise NotImplementedError(_NO_HINT.format("get_nvl_buffer_size_hint"))
+        """Bytes of num_nvl_bytes for high-throughput operations of up to num_sms / 2 * num_max_nvl_chunked_recv_tokens tokens on
+        each rank, as many as DeepEP's rings for this Config have room for.  For more: `Buffer.get_high_throughput_size_hint`.
+
+        hidden_bytes: of a row of bf16.
+        """
+        tokens = max(1, self.num_sms // 2) * self.num_max_nvl_chunked_recv_tokens
+        return layout.high_throughput_size_hint(tokens, hidden_bytes // 2, num_ranks, MOST_TOPK, hidden_bytes)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes, num_ranks):
-        """Bytes of num_rdma_bytes for high-throughput operations between nodes: not known before there are some."""
-        raise NotImplementedError(_NO_HINT.format("get_rdma_buffer_size_hint"))
-
-
-_NO_HINT = ("Config.{} sizes the memory of the high-throughput operations, which are not implemented yet; for the low-latency ones "
-            "there is Buffer.get_low_latency_rdma_size_hint")
+        """Bytes of num_rdma_bytes for high-throughput operations: none, as long as there is one node."""
+        return 0
 
 
 def recommended(num_sms, num_ranks):

@@ -6,6 +6,7 @@ from .channels.memory import RECORD
 from .channels.transport import MpiBootstrap, TorchBootstrap
 from .choices import choose_device, choose_engine, choose_transport
 from .errors import EPClosedError, EPError
+from .heap import Heap
 from .streams import Streams
 
 COMPILE_ALLOWANCE_S = 60.0              # a peer that compiles is not late
@@ -17,12 +18,13 @@ class Connection:
     rank, size       this rank, and how many there are
     engine, streams  what runs kernels, and in which order
     transport        the symmetric memory, see `pyep.channels.transport.Transport`; None once closed
-    nbytes, half_bytes: of the symmetric memory; of each of its halves, see `pyep.layout`
+    nbytes, half_bytes: of control words and halves, see `pyep.layout`; of each of the halves
+    heap             the rest of the symmetric memory, num_nvl_bytes
     words_for        by the number of a wait (the word "wait" of a status record): a function that makes an error of the record
     error            what has made the connection unusable, or None
     """
 
-    def __init__(self, group, comm, num_rdma_bytes, transport, timeout_s):
+    def __init__(self, group, comm, num_rdma_bytes, num_nvl_bytes, transport, timeout_s):
         self.transport = self.error = None
         device = choose_device()
         transport = choose_transport(transport, device)
@@ -30,11 +32,14 @@ class Connection:
         self._bootstrap = MpiBootstrap(comm, timeout_s) if comm is not None else TorchBootstrap(group)
         self.rank, self.size = self._bootstrap.rank, self._bootstrap.size
         self._require_same("num_rdma_bytes", num_rdma_bytes)
+        self._require_same("num_nvl_bytes", num_nvl_bytes)
         self.engine = choose_engine(device, self._bootstrap, timeout_s)
         self.streams = Streams(self.engine)
         self.nbytes = max(num_rdma_bytes, layout.control_bytes(self.size))
         self.half_bytes = layout.half_capacity(self.nbytes, self.size)
-        self.transport = transport(self._bootstrap, self.nbytes, timeout_s)
+        heap = layout.heap_offset(num_rdma_bytes, self.size)
+        self.transport = transport(self._bootstrap, heap + num_nvl_bytes, timeout_s)
+        self.heap = Heap(heap, num_nvl_bytes, self.transport.memory)
         try:
             self.write_control()
             self.meet("Buffer: connecting")
@@ -49,7 +54,7 @@ class Connection:
         transport.fill(0, layout.control_bytes(self.size), 0)
         transport.write(control["status"].offset, np.array([transport.status], np.int64))
         transport.write(control["peers"].offset, np.array(transport.peers, np.int64))
-        for name in "epoch", "consumed":
+        for name in "epoch", "consumed", "ht_epoch":
             transport.write(control[name].offset, np.full(control[name].nbytes // layout.WORD, epoch, np.int64))
 
     def meet(self, what, word=0):

@@ -10,7 +10,6 @@ told them where it is.
 """
 import bisect
 import collections
-import weakref
 
 from .errors import EPBufferTooSmallError
 from .events import moments
@@ -20,10 +19,14 @@ from .layout import LINE, align
 class Slab:
     """Bytes `offset` to `offset + nbytes` of the symmetric memory; `memory` is what must live as long as they are in use."""
 
-    __slots__ = "offset", "nbytes", "memory", "__weakref__"
+    __slots__ = "offset", "nbytes", "memory", "_back"
 
-    def __init__(self, offset, nbytes, memory):
-        self.offset, self.nbytes, self.memory = offset, nbytes, memory
+    def __init__(self, offset, nbytes, memory, back):
+        self.offset, self.nbytes, self.memory, self._back = offset, nbytes, memory, back
+
+    def __del__(self, moment=moments.__next__):
+        # Garbage collection comes here at any time, in the middle of `Heap.allocate` too: so this only appends.
+        self._back.append((self.offset, self.offset + self.nbytes, moment()))
 
 
 class Heap:
@@ -46,11 +49,8 @@ class Heap:
         for i, (begin, end) in enumerate(self._free):
             if end - begin >= size:
                 self._free[i:i + 1] = [(begin + size, end)] if end - begin > size else []
-                slab = Slab(begin, size, self._memory)
-                # Garbage collection runs finalizers anywhere, in the middle of this function too: they only append.
-                weakref.finalize(slab, _give_back, self._back, begin, begin + size).atexit = False
-                return slab
-        raise EPBufferTooSmallError(self.too_small(size))
+                return Slab(begin, size, self._memory, self._back)
+        raise EPBufferTooSmallError(f"{size} bytes in one piece are needed; {self.state()}")
 
     def largest(self):
         """Bytes of the largest slab that can be had now."""
@@ -62,12 +62,11 @@ class Heap:
         self._collect()
         return sum(end - begin for begin, end in self._free)
 
-    def too_small(self, nbytes):
-        """What to say when there is no room for `nbytes`."""
+    def state(self):
+        """How full it is, in words."""
         free = self.free()
-        return (f"{nbytes} bytes of num_nvl_bytes are needed in one piece. Of the {self.nbytes} there are, results that are "
-                f"still referred to hold {self.nbytes - free}, {free} are free, at most {self.largest()} in one piece. Drop "
-                "results of earlier operations, or make the Buffer with more: see Buffer.get_high_throughput_size_hint")
+        return (f"of the {self.nbytes} that there are, results that are still referred to hold {self.nbytes - free}, {free} are "
+                f"free, at most {self.largest()} in one piece")
 
     def _collect(self):
         """Put what has come back among what is free, joined with its neighbours."""
@@ -81,6 +80,3 @@ class Heap:
                 begin = self._free.pop(i)[0]
             self._free.insert(i, (begin, end))
 
-
-def _give_back(back, begin, end):
-    back.append((begin, end, next(moments)))

@@ -227,12 +227,17 @@ def combined_rows(hidden, num_topk=0):
     return Rows(2 * hidden, topk_weights=4 * num_topk)
 
 
-def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_scales=0, num_held=1):
-    """Bytes of the heap that surely suffice: for `num_held` dispatches' results and the staging of a combine (always bf16), when
-    no rank has more than `num_max_tokens` tokens.  Every token may go to every rank."""
-    results = dispatched_rows(hidden_bytes, num_topk, True, num_scales).nbytes(num_ranks * num_max_tokens)
+def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results=1):
+    """Bytes of the heap that suffice for the results and handles of so many dispatches and the staging of a combine (always bf16),
+    when no rank has more than `num_max_tokens` tokens and every token may go to every rank.
+
+    hidden_bytes: of a row, scales included.
+    """
+    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens)
+    results += LINE                                              # scales have a section of their own
+    results += align(4 * num_ranks * num_ranks) + align(4 * num_ranks * num_max_tokens)        # rank_prefix_matrix, send_rows
     staging = combined_rows(hidden, num_topk).nbytes((num_ranks - 1) * num_max_tokens)
-    return num_held * results + staging
+    return num_results * results + align(max(staging, 1))
 
 
 def heap_offset(num_rdma_bytes, num_ranks):

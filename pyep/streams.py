@@ -38,6 +38,12 @@ class Streams:
         self._latest_on_comm = async_finish
         return stream
 
+    def follow(self, stream, current):
+        """Make `stream` wait for all that the caller's stream has to do so far, beside what `enter` made it wait for."""
+        if stream != current:
+            from .kernels import cuda
+            cuda.stream_wait(stream, current)
+
     def record(self):
         """An event behind the latest operation on `comm`; None on the CPU engine, where it is done."""
         if self.comm is None:

@@ -69,7 +69,7 @@ def test_first_fit_and_joining_by_hand():
 def test_no_memory(nbytes):
     heap = Heap(1000, nbytes)
     assert heap.free() == heap.largest() == heap.nbytes == 0
-    with pytest.raises(EPBufferTooSmallError, match="num_nvl_bytes"):
+    with pytest.raises(EPBufferTooSmallError, match="128 bytes"):
         heap.allocate(0)
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pyep.heap import Heap
 from pyep.layout import (DATA, LINE, MAX_BLOCKS, MAX_CHUNKS, MAX_LOCAL_EXPERTS, SECTIONS, WORD, LowLatency, Region, Rows,
                          combined_rows, control, control_bytes, dispatched_rows, draw, half_capacity, heap_offset,
                          high_throughput_size_hint, low_latency_size_hint, name_of)
@@ -278,11 +279,14 @@ def test_high_throughput_size_hint(ranks, tokens, blocks, topk, fp8, held):
     """Slabs of the most rows there can be, one after another."""
     hidden, scales = 128 * blocks, blocks if fp8 else 0
     hidden_bytes = hidden if fp8 else 2 * hidden
-    hint = high_throughput_size_hint(tokens, hidden, ranks, topk, hidden_bytes, scales, held)
-    end = 0
+    hint = high_throughput_size_hint(tokens, hidden, ranks, topk, hidden_bytes + 4 * scales, held)
+    heap, slabs = Heap(0, hint), []
     for _ in range(held):
-        end += dispatched_rows(hidden_bytes, topk, topk > 0, scales).nbytes(ranks * tokens)
-    assert end + combined_rows(hidden, topk).nbytes((ranks - 1) * tokens) == hint
+        slabs += [heap.allocate(nbytes) for nbytes in (4 * ranks * ranks, 4 * ranks * tokens)]
+        rows = dispatched_rows(hidden_bytes, topk, topk > 0, scales)
+        slabs += [heap.allocate(item * ranks * tokens) for item in rows if item]
+    slabs.append(heap.allocate(combined_rows(hidden, topk).nbytes((ranks - 1) * tokens)))
+    assert heap.free() < hint / 10 + 1000 * held                 # and not much too large
 
 
 def test_a_slab_by_hand():

@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 
 from ..errors import EPTransportError
-from .memory import RECORD
+from .memory import HOST_WORDS, RECORD
 from .transport import Transport, require_one_host
 
 
@@ -47,9 +47,9 @@ class HostTransport(Transport):
         self._bytes = [np.frombuffer(m, np.uint8) for m in self._maps]
         self.peers = [b.ctypes.data for b in self._bytes]
         self.base = self.peers[bootstrap.rank]
-        self._own = self._bytes[bootstrap.rank]
-        self.record = (ctypes.c_int64 * len(RECORD))()
-        self.status = ctypes.addressof(self.record)
+        self._own = self.memory = self._bytes[bootstrap.rank]
+        self.record, self.answer = (ctypes.c_int64 * len(RECORD))(), (ctypes.c_int64 * HOST_WORDS)()
+        self.status, self.answers = ctypes.addressof(self.record), ctypes.addressof(self.answer)
 
     @staticmethod
     def _map(fd, path, nbytes, rank):
@@ -70,5 +70,5 @@ class HostTransport(Transport):
         self._own[offset:offset + words.nbytes] = words.view(np.uint8)
 
     def close(self, meet):
-        self._own = self._bytes = self._maps = None              # unmapped with the last reference to it
+        self._own = self.memory = self._bytes = self._maps = None             # unmapped with the last reference to it
         meet()

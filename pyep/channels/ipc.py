@@ -4,7 +4,7 @@ import ctypes
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
-from .memory import RECORD
+from .memory import HOST_WORDS, RECORD
 from .transport import Transport, require_one_host
 
 
@@ -17,6 +17,21 @@ def call(function, *args):
     return results[0] if len(results) == 1 else tuple(results)
 
 
+class _Memory:
+    """GPU memory of this rank.  It is freed once nobody refers to it, no array of a result either, if all ranks have let go of it;
+    else a peer may still write, and it goes with the process."""
+
+    def __init__(self, nbytes):
+        self.may_be_freed = False
+        self.address = call(runtime.cudaMalloc, nbytes)
+        call(runtime.cudaMemset, self.address, 0, nbytes)
+        call(runtime.cudaDeviceSynchronize)
+
+    def __del__(self, free=runtime.cudaFree):
+        if self.may_be_freed:
+            free(self.address)
+
+
 class IpcTransport(Transport):
     """CUDA IPC between the GPUs of one host; several ranks may share a GPU."""
 
@@ -24,7 +39,7 @@ class IpcTransport(Transport):
 
     def __init__(self, bootstrap, nbytes, timeout_s):
         require_one_host(bootstrap, self.name, timeout_s)
-        self._own = self._pinned = None
+        self.memory = self._pinned = None
         self._opened = []
         try:
             self._open(bootstrap, nbytes, timeout_s)
@@ -37,19 +52,20 @@ class IpcTransport(Transport):
         device = call(runtime.cudaGetDevice)
         buses = bootstrap.allgather(call(runtime.cudaDeviceGetPCIBusId, 32, device), timeout_s, "Buffer: comparing GPUs")
         self._require_peer_access(device, buses)
-        self._own = call(runtime.cudaMalloc, nbytes)
-        call(runtime.cudaMemset, self._own, 0, nbytes)
-        call(runtime.cudaDeviceSynchronize)
-        handle = bytes(call(runtime.cudaIpcGetMemHandle, self._own).reserved)
+        self.memory = _Memory(nbytes)
+        own = self.memory.address
+        handle = bytes(call(runtime.cudaIpcGetMemHandle, own).reserved)
         handles = bootstrap.allgather(handle, timeout_s, "Buffer: exchanging GPU memory")
         for rank, raw in enumerate(handles):
-            self._opened.append(self._own if rank == bootstrap.rank else self._open_handle(raw))
+            self._opened.append(own if rank == bootstrap.rank else self._open_handle(raw))
         self.peers = [int(p) for p in self._opened]
-        self.base = int(self._own)
-        self._pinned = call(runtime.cudaHostAlloc, 8 * len(RECORD), runtime.cudaHostAllocMapped)
+        self.base = int(own)
+        self._pinned = call(runtime.cudaHostAlloc, 8 * (len(RECORD) + HOST_WORDS), runtime.cudaHostAllocMapped)
+        ctypes.memset(int(self._pinned), 0, 8 * (len(RECORD) + HOST_WORDS))
         self.record = (ctypes.c_int64 * len(RECORD)).from_address(int(self._pinned))
-        self.record[:] = [0] * len(RECORD)
+        self.answer = (ctypes.c_int64 * HOST_WORDS).from_address(int(self._pinned) + 8 * len(RECORD))
         self.status = int(call(runtime.cudaHostGetDevicePointer, self._pinned, 0))
+        self.answers = self.status + 8 * len(RECORD)
 
     @staticmethod
     def _require_peer_access(device, buses):
@@ -79,11 +95,11 @@ class IpcTransport(Transport):
     def close(self, meet):
         # Errors are ignored: after a kernel fault every call fails, and the process is about to end.
         for address in self._opened:
-            if address is not self._own:
+            if self.memory is None or address is not self.memory.address:
                 runtime.cudaIpcCloseMemHandle(address)
         self._opened = []
-        if meet() and self._own is not None:                     # else a peer may still write: the memory goes with the process
-            runtime.cudaFree(self._own)
+        if meet() and self.memory is not None:
+            self.memory.may_be_freed = True
         if self._pinned is not None:
             runtime.cudaFreeHost(self._pinned)
-        self._own = self._pinned = None
+        self.memory = self._pinned = None

@@ -14,7 +14,9 @@ class Transport:
     """Symmetric memory: `nbytes` on every rank, each of which all ranks can write.
 
     base: address of this rank's memory.  peers: the address at which this rank maps each rank's (its own included).
+    memory: what keeps this rank's memory, also beyond `close`, for arrays that lie in it.
     status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
+    answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
     """
 
     name = ""

@@ -96,6 +96,10 @@ class CpuEngine:
         """
         return ("send", self.blocks, self.blocks, 0), ("receive", self.blocks, 0, self.blocks)
 
+    def share(self, num_sms):
+        """(blocks, threads) of a kernel that may take so many multiprocessors: there are none here."""
+        return self.blocks, self.machine.threads
+
     def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
         """A compiled kernel; `overlap` is for the GPU's sake, and ignored."""
         return CpuKernel(fn, blocks, self.machine, shared_bytes, constants)

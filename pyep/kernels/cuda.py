@@ -133,6 +133,10 @@ class CudaEngine:
         receivers = blocks - senders if operation == "dispatch" else blocks
         return ("both", blocks, senders, receivers), ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
 
+    def share(self, num_sms):
+        """(blocks, threads) of a kernel that may take so many multiprocessors: it fills each."""
+        return max(1, min(num_sms, self.multiprocessors)), 1024
+
     def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
         """A compiled kernel.  overlap: its blocks may start before the kernel before it on the stream has ended; it then calls
         `previous_kernel_done` first of all."""

@@ -9,7 +9,7 @@ peer is done with it: what it tells in the next one overwrites nothing that is s
 
 The kernels are in `intranode_layout`, `intranode_notify`, `intranode_dispatch` and `intranode_combine`.
 """
-from ..channels.memory import next_epoch, peer, release, tell, wait_count, wait_released
+from ..channels.memory import next_epoch, peer, release, report, tell, wait_count, wait_released
 from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, num_blocks, num_threads, st8, st8_shared, syncthreads,
                    syncthreads_or, thread_rank, udiv)
 from .low_latency import start
@@ -19,15 +19,17 @@ RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0      # TOPK: 0 where no top-k indices
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 ROW_BYTES = 0                                   # of a row's values
 WEIGHTED = 0                                    # 1: topk_weights travel with the rows
+OPERATION = 0                                   # not 0: a number that says what all ranks must agree on, operation and shape
 HT_EPOCH = HT_COUNTS = HT_COUNTS_STRIDE = PLACE = DONE = CHUNK = ARRIVED = FAILED = 0           # offsets, see pyep.layout
 MAX_BLOCKS = MAX_CHUNKS = LINE = 0
 
 # Sections, in the order of pyep.layout.Rows.
 ROW, SOURCE, TOPK_IDX, TOPK_WEIGHTS, SCALES = range(5)
+LAST = 15                                       # pyep.layout.SECTIONS - 1
 
 # What a wait waits for, and what else ends a launch; pyep.high_throughput puts them in words.  Low latency has the numbers below.
 (NOTIFY_COUNT, DISPATCH_PLACE, DISPATCH_DONE, COMBINE_PLACE, COMBINE_CHUNK, COMBINE_DONE, OTHER_LAYOUT, TOO_MANY_ROWS,
- BAD_SELECTION) = range(101, 110)
+ BAD_SELECTION, OTHER_CALL) = range(101, 111)
 
 
 def enter(base, timeout):
@@ -48,13 +50,20 @@ def leave(watch):
 
 # ---- where rows go ---------------------------------------------------------------------------------------------------
 
+def place_slot(memory, source, section):
+    """The word in a rank's memory that says where `source` wants a section; section LAST tells its OPERATION."""
+    return memory + PLACE + LINE * source + 8 * section
+
+
 def tell_place(watch, me, section, address):
     """Tell every rank where in this rank's symmetric memory it wants a section; the first block does.  Nothing more is promised
     than that nobody here uses that memory any more: it is for the peers alone until all are done."""
     base, _, epoch = watch
     rank = thread_rank()
     while rank < RANKS and block_rank() == 0:
-        tell(peer(base, rank) + PLACE + LINE * me + 8 * section, epoch, (address - base) >> 4)
+        tell(place_slot(peer(base, rank), me, section), epoch, (address - base) >> 4)
+        if section == 0:
+            tell(place_slot(peer(base, rank), me, LAST), epoch, OPERATION)
         rank += num_threads()
 
 
@@ -62,17 +71,25 @@ def wait_places(watch, wait, sections, table):
     """A block waits until every rank has told the places of its first `sections` sections, and puts their addresses, as this rank
     maps them, into shared memory: `table` [R][sections].
 
-    The block meets here.  Returns 1, or 0 if a rank has not told, or this rank has given up: then nothing may be sent.
+    The block meets here.  Returns 1, or 0 if a rank has not told, or does something else, or this rank has given up: then nothing
+    may be sent.
     """
     base, _, _ = watch
     missing = ld8_relaxed(base + FAILED)
     i = thread_rank()
     while i < RANKS * sections:
         rank = udiv(i, sections)
-        place = wait_count(watch, wait, rank, base + PLACE + LINE * rank + 8 * (i - rank * sections))
+        place = wait_count(watch, wait, rank, place_slot(base, rank, i - rank * sections))
         missing |= 1 if place == 0 else 0                        # no section is at byte 0: control words are
         st8_shared(table + 8 * i, peer(base, rank) + 16 * place)
         i += num_threads()
+    rank = num_threads() - 1 - thread_rank()
+    while rank < RANKS:
+        operation = wait_count(watch, wait, rank, place_slot(base, rank, LAST))
+        if operation != OPERATION:                               # 0 if it never came: the first report counts
+            report(watch, OTHER_CALL, rank, base, OPERATION, operation)
+            missing = 1
+        rank += num_threads()
     return 1 - syncthreads_or(missing)
 
 

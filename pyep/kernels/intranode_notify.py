@@ -14,9 +14,9 @@ from .low_latency import lanes_before, warp_rank
 STAGED = 0                                      # local experts whose counts are in shared memory at once
 WORST = 0                                       # 1: nobody on the host waits for counts; a rank has room or it is an error
 
-# The words for the host, the counts of the local experts behind them.  STATE: 1 once all is there, 2 if rank SHORT has no room for
-# its NEEDED rows.
-STATE, RECEIVED, SHORT, NEEDED, ROOM, COUNTS = range(6)
+# The words for the host, the counts of the local experts behind them.  STATE: 1 once all is there, 2 if rank SHORT has ROOM for
+# less than its NEEDED rows.  RECEIVED: rows that come here; SENT: rows that go from here to other ranks.
+STATE, RECEIVED, SENT, SHORT, NEEDED, ROOM, COUNTS = range(7)
 
 
 # ---- tell ------------------------------------------------------------------------------------------------------------
@@ -159,6 +159,11 @@ def add_prefixes(watch, me, counts, rank_prefix, host):
                 st8(host + 8 * ROOM, room)
         if rank == me and WORST == 0:
             st8(host + 8 * RECEIVED, rows)
+            sent = 0
+            for other in range(RANKS):
+                if other != me:
+                    sent += ld4_shared(counts + 4 * (me * (1 + RANKS) + 1 + other))
+            st8(host + 8 * SENT, sent)
         rank += num_threads()
     return room_for_all
 
