@@ -282,9 +282,9 @@ def test_high_throughput_size_hint(ranks, tokens, blocks, topk, fp8, held):
     hint = high_throughput_size_hint(tokens, hidden, ranks, topk, hidden_bytes + 4 * scales, held)
     heap, slabs = Heap(0, hint), []
     for _ in range(held):
-        slabs += [heap.allocate(nbytes) for nbytes in (4 * ranks * ranks, 4 * ranks * tokens)]
-        rows = dispatched_rows(hidden_bytes, topk, topk > 0, scales)
-        slabs += [heap.allocate(item * ranks * tokens) for item in rows if item]
+        items = dispatched_rows(hidden_bytes, topk, topk > 0, scales)
+        sizes = 4 * ranks * ranks, 4 * ranks * tokens, *[item * ranks * tokens for item in items]
+        slabs += [heap.allocate(nbytes) for nbytes in sizes if nbytes]
     slabs.append(heap.allocate(combined_rows(hidden, topk).nbytes((ranks - 1) * tokens)))
     assert heap.free() < hint / 10 + 1000 * held                 # and not much too large
 
