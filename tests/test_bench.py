@@ -15,7 +15,7 @@ import ranks
 
 import pyep
 from pyep.__main__ import main, read
-from pyep.bench import devices, figures, inputs, options, traffic
+from pyep.bench import devices, figures, inputs, low_latency, options, traffic
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmark.md"
 SMALL = ("--tokens", "8", "--hidden", "64", "--experts-per-rank", "4", "--topk", "3",       # a shape of test_low_latency.py
@@ -39,9 +39,8 @@ BY_HAND = {
 
 def example(name):
     operation, kind = name.split(", ")
-    if operation == "dispatch":
-        return traffic.traffic(EXAMPLE, HIDDEN, 4, dtype=kind)[0]
-    return traffic.traffic(EXAMPLE, HIDDEN, 4, combine=kind)[1]
+    option = {"dispatch": "dtype", "combine": "combine"}[operation]
+    return traffic.low_latency(EXAMPLE, HIDDEN, 4, **{option: kind})[operation]
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -61,20 +60,20 @@ def test_worked_example_is_the_documented_one(name):
 def test_bytes_that_the_cpu_copies():
     """Rank 0: 4 rows into scratch memory and 6 delivered, or 5 of them once per rank; then 6 or 5 taken and 5 or 4 summed."""
     def rows(**options):
-        return [(phase.copied / (2 * HIDDEN)).tolist() for phase in traffic.traffic(EXAMPLE, HIDDEN, 4, **options)]
+        return [(phase.copied / (2 * HIDDEN)).tolist() for phase in traffic.low_latency(EXAMPLE, HIDDEN, 4, **options).values()]
     assert rows() == [[10, 10], [11, 11]]
     assert rows(combine="reduced") == [[10, 10], [10, 10]]
     assert rows(layout="rank-major", combine="reduced") == [[9, 9], [9, 9]]
 
 
 def test_one_rank_sends_nothing():
-    dispatch, combine = traffic.traffic([EXAMPLE[0]], HIDDEN, 4)
+    dispatch, combine = traffic.low_latency([EXAMPLE[0]], HIDDEN, 4).values()
     assert dispatch.busiest == combine.busiest == 0 and dispatch.selections.tolist() == [5120]
 
 
 def test_an_expert_named_twice():
     """Two selections, of which one row crosses to it and two come back."""
-    dispatch, combine = traffic.traffic([np.array([[2, 2]]), np.array([[-1, -1]])], HIDDEN, 4)
+    dispatch, combine = traffic.low_latency([np.array([[2, 2]]), np.array([[-1, -1]])], HIDDEN, 4).values()
     assert (dispatch.selections.tolist(), dispatch.sent.tolist(), combine.sent.tolist()) == ([2048, 0], [1024, 0], [0, 2048])
 
 
@@ -86,16 +85,19 @@ def test_latency_and_bandwidth():
     assert found["gbps"]["selections"] == pytest.approx({"aggregate": 11264 / 4000, "per_rank": 5632 / 4000})
 
 
-def test_a_pair_is_both():
-    times = {name: np.full((2, 1), us) for name, us in (("dispatch", 1.0), ("combine", 2.0), ("pair", 4.0))}
-    phases = traffic.traffic(EXAMPLE, HIDDEN, 4)
-    pair = figures.of_all(times, phases, (0.25, 0.5))["pair"]
+def test_rows_and_the_phases_they_move():
+    rows = {"dispatch": ("dispatch",), "pair": ("dispatch", "combine"), "neither": ()}
+    times = {"dispatch": np.full((2, 1), 1.0), "pair": np.full((2, 1), 4.0), "neither": np.full((2, 1), 3.0)}
+    found = figures.by_row(rows, times, traffic.low_latency(EXAMPLE, HIDDEN, 4), {"dispatch": 0.25, "combine": 0.5})
+    pair = found["pair"]
     assert pair["bytes"]["sent"] == [2048 + 4096, 3072 + 3072] and pair["bound_us"] == 0.75
     assert pair["gbps"]["wire"]["aggregate"] == pytest.approx((5120 + 7168) / 4000)
+    assert found["dispatch"]["bytes"]["sent"] == [2048, 3072] and found["dispatch"]["bound_us"] == 0.25
+    assert list(found["neither"]) == ["latency_us"] and found["neither"]["latency_us"]["max"] == 3, "no bytes, no bandwidth"
 
 
 def test_inputs():
-    point = options.Point(50, 64, 4, 16)
+    point = low_latency.Point(50, 64, 4, 16)
     routing = [inputs.routing(point, 3, rank) for rank in range(2)]
     assert all(len(set(experts)) == 4 for idx in routing for experts in idx.tolist()), "a token selects different experts"
     assert {*np.unique(routing)} == set(range(16)) and not np.array_equal(*routing)
@@ -115,7 +117,7 @@ def points(*argv, num_ranks=4):
 
 @pytest.fixture
 def variables(monkeypatch):
-    for name in options.ENVIRONMENT.values():
+    for name in low_latency.LowLatency.environment.values():
         monkeypatch.delenv(name, raising=False)
     return lambda **values: [monkeypatch.setenv(f"MSCCLPP_EP_LL_{name}", text) for name, text in values.items()]
 

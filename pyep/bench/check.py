@@ -1,60 +1,21 @@
-"""`--check`: what a dispatch and a combine returned against the oracle, bit for bit."""
+"""`--check`: what operations returned against what the oracle says, bit for bit."""
 import numpy as np
-
-from .. import reference
-from . import inputs
+from ml_dtypes import float8_e4m3fn
 
 
 class Difference(Exception):
     """The results are not those of the oracle.  Raised on every rank."""
 
 
-def differences(operations, args, comm):
-    """What differs after a dispatch and a combine: sentences, the same on every rank; none if all is well."""
-    dispatched, combined = expected(operations, args, comm)
-    down = operations.library.down
-    found = compare_dispatched(dispatched, operations.dispatched, down) + compare("combined_x", down(operations.out), combined)
+def of_all_ranks(found, comm):
+    """The sentences that each rank found: the same list on every rank; empty if all is well."""
     return [f"rank {rank}: {text}" for rank, texts in enumerate(comm.allgather(found)) for text in texts]
-
-
-def expected(operations, args, comm):
-    """What the oracle says that this rank holds: a `reference.Dispatched`, and combined_x [T, H]."""
-    point, topk_idx = operations.point, operations.all_topk_idx
-    shape = point.tokens, point.experts
-    x = [inputs.tokens(point, args.seed, rank) for rank in range(comm.size)]
-    weights = [inputs.weights(point, args.seed, rank) for rank in range(comm.size)]
-    y = [inputs.outputs(point, args.layout, topk_idx, args.seed, rank) for rank in range(comm.size)]
-    options = dict(operations.options, topk_weights=weights if args.combine == "reduced" else None)
-    dispatched = reference.low_latency_dispatch(x, topk_idx, *shape, **options)
-    if args.layout == "rank-major":
-        combined = reference.low_latency_combine_rank_major(y, topk_idx, *shape)
-    elif args.combine == "reduced":
-        combined = reference.low_latency_combine_reduced(y, topk_idx, weights, *shape)
-    else:
-        combined = reference.low_latency_combine(y, topk_idx, weights, *shape)
-    return dispatched[comm.rank], combined[comm.rank]
-
-
-def compare_dispatched(want, got, down):
-    """Sentences on what differs between the oracle's result and an operation's.  Rows that hold no token are not looked at."""
-    counts = down(got.recv_count)
-    found = compare("recv_count", counts, want.recv_count)
-    if found:
-        return found                                             # of other rows there is nothing to say
-    valid = np.arange(want.src_info.shape[1]) < counts[:, None]  # [groups, rows]
-    found += compare("src_info", down(got.handle[0])[valid], want.src_info[valid])
-    found += compare("layout_range", down(got.handle[1]), want.layout_range)
-    pairs = zip(got.recv_x, want.recv_x) if isinstance(want.recv_x, tuple) else [(got.recv_x, want.recv_x)]
-    for name, (ours, theirs) in zip(("recv_x", "scales of recv_x"), pairs):
-        found += compare(name, down(ours)[valid], theirs[valid])
-    for name in ("recv_topk_idx", "recv_topk_weights"):
-        if getattr(want, name) is not None:
-            found += compare(name, down(getattr(got, name)), getattr(want, name))
-    return found
 
 
 def compare(name, got, want):
     """No sentence if two NumPy arrays have the same type, shape and bits, else one."""
+    if got.dtype == np.uint8 and want.dtype == float8_e4m3fn:
+        got = got.view(want.dtype)                               # CuPy has no FP8: its bytes
     if (got.dtype, got.shape) != (want.dtype, want.shape):
         return [f"{name} is {got.dtype} {list(got.shape)}, the oracle's is {want.dtype} {list(want.shape)}"]
     integer = f"u{got.dtype.itemsize}"
@@ -63,3 +24,10 @@ def compare(name, got, want):
         return []
     first = tuple(np.argwhere(differ)[0].tolist())
     return [f"{differ.sum()} of {differ.size} values of {name} differ, first at {first}: {got[first]} instead of {want[first]}"]
+
+
+def compare_parts(name, got, want, down, valid):
+    """The same for tokens, which may be pairs of values and scales.  valid: the rows to look at; down: see `devices`."""
+    pairs = zip(got, want) if isinstance(want, tuple) else [(got, want)]
+    return [text for part, (ours, theirs) in zip((name, f"scales of {name}"), pairs)
+            for text in compare(part, down(ours)[valid], theirs[valid])]

@@ -1,7 +1,7 @@
 """From times and bytes to the figures that are printed.  The definitions are in docs/benchmark.md."""
 import numpy as np
 
-from .traffic import Phase
+from .traffic import total
 
 
 def latency(us):
@@ -13,8 +13,8 @@ def latency(us):
 
 def bandwidth(nbytes, us):
     """nbytes: [R], what each rank moves in `us` microseconds.  GB/s of a rank on average, and of all ranks together."""
-    total = float(nbytes.sum()) / us / 1e3
-    return {"per_rank": total / len(nbytes), "aggregate": total}
+    aggregate = float(nbytes.sum()) / us / 1e3
+    return {"per_rank": aggregate / len(nbytes), "aggregate": aggregate}
 
 
 def figures(us, phase, bound_us):
@@ -26,9 +26,11 @@ def figures(us, phase, bound_us):
             "bytes": {"selections": phase.selections.tolist(), "sent": phase.sent.tolist(), "received": phase.received.tolist()}}
 
 
-def of_all(times, phases, bounds_us):
-    """The figures by operation.  times: by operation; phases, bounds_us: of dispatch and of combine; a pair is both in turn."""
-    both = Phase(*(sum(bytes_of) for bytes_of in zip(*phases)))
-    return {"dispatch": figures(times["dispatch"], phases[0], bounds_us[0]),
-            "combine": figures(times["combine"], phases[1], bounds_us[1]),
-            "pair": figures(times["pair"], both, sum(bounds_us))}
+def by_row(rows, times, phases, bounds_us):
+    """The figures by row of the table.
+
+    rows: by name, the names of the phases that a row moves, one after the other; without any there is only the latency.
+    times: by row, [R, repeats].  phases, bounds_us: by phase.
+    """
+    return {name: figures(times[name], total([phases[part] for part in parts]), sum(bounds_us[part] for part in parts)) if parts
+            else {"latency_us": latency(times[name])} for name, parts in rows.items()}

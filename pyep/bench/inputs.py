@@ -13,6 +13,11 @@ def _generator(seed, rank, what):
     return np.random.default_rng([seed, rank, ("tokens", "routing", "weights", "outputs").index(what)])
 
 
+def of_all(make, point, seed, num_ranks):
+    """What one of the functions below makes for each rank."""
+    return [make(point, seed, rank) for rank in range(num_ranks)]
+
+
 def tokens(point, seed, rank):
     """[T, H] bf16, normally distributed."""
     return _normal(_generator(seed, rank, "tokens"), (point.tokens, point.hidden))

@@ -4,9 +4,8 @@ import matplotlib
 matplotlib.use("Agg")                                            # no display
 from matplotlib import pyplot
 
-from .report import OPERATIONS, operation, shape
+from .report import shape
 
-COLORS = dict(zip(OPERATIONS, ("tab:blue", "tab:orange", "tab:green")))
 STYLES = "-", "--", "-.", ":"
 
 
@@ -14,9 +13,11 @@ def draw(args, machine, results):
     """Write the PNG."""
     (swept, values), *others = args.sweep
     figure, (latency, bandwidth) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    colors = {name: f"C{i}" for i, name in enumerate(args.benchmark.rows)}
     for i, (label, group) in enumerate(series(results, [name for name, _ in others]).items()):
-        curves(latency, bandwidth, swept, sorted(group, key=lambda result: result[swept]), label, STYLES[i % len(STYLES)])
-        bounds(latency, swept, group, "bound" if i == 0 else None)
+        group.sort(key=lambda result: result[swept])
+        curves(latency, bandwidth, swept, group, label, colors, STYLES[i % len(STYLES)])
+        bounds(latency, swept, group, "bound" if i == 0 else None, colors)
     if args.link_gbps:
         bandwidth.axhline(args.link_gbps, color="black", linewidth=1, linestyle=":", label=f"link, {args.link_gbps:g} GB/s")
     latency.set_yscale("log")
@@ -24,8 +25,8 @@ def draw(args, machine, results):
     bandwidth.set_ylim(bottom=0)
     finish(latency, swept, values, "microseconds, slowest rank")
     finish(bandwidth, swept, values, "wire GB/s per rank")
-    device = " + ".join(machine["devices"])
-    figure.suptitle(f"{machine['ranks']} ranks, {device} ({args.transport_name}): {shape(args)}\n{operation(args)}", fontsize=10)
+    device, operation = " + ".join(machine["devices"]), args.benchmark.operation(args)
+    figure.suptitle(f"{machine['ranks']} ranks, {device} ({args.transport_name}): {shape(args)}\n{operation}", fontsize=10)
     figure.savefig(args.plot, format="png", dpi=120)
     pyplot.close(figure)
 
@@ -39,18 +40,22 @@ def series(results, others):
     return found
 
 
-def curves(latency, bandwidth, swept, group, label, style):
+def curves(latency, bandwidth, swept, group, label, colors, style):
     x = [result[swept] for result in group]
-    for name in OPERATIONS:
-        look = dict(color=COLORS[name], linestyle=style, marker=".", label=f"{name}, {label}")
-        latency.plot(x, [result[name]["latency_us"]["max"] for result in group], **look)
-        bandwidth.plot(x, [result[name]["gbps"]["wire"]["per_rank"] for result in group], **look)
+    for name, color in colors.items():
+        found = [result[name] for result in group]
+        look = dict(color=color, linestyle=style, marker=".", label=f"{name}, {label}")
+        latency.plot(x, [figures["latency_us"]["max"] for figures in found], **look)
+        if "gbps" in found[0]:
+            bandwidth.plot(x, [figures["gbps"]["wire"]["per_rank"] for figures in found], **look)
 
 
-def bounds(latency, swept, group, label):
-    for name in OPERATIONS:
-        points = sorted((result[swept], result[name]["bound_us"]) for result in group)
-        latency.plot(*zip(*points), color=COLORS[name], linewidth=1, linestyle=":", label=label and f"{name}, {label}")
+def bounds(latency, swept, group, label, colors):
+    x = [result[swept] for result in group]
+    for name, color in colors.items():
+        if "bound_us" in group[0][name]:
+            latency.plot(x, [result[name]["bound_us"] for result in group], color=color, linewidth=1, linestyle=":",
+                         label=label and f"{name}, {label}")
 
 
 def finish(axes, swept, values, what):

@@ -10,7 +10,7 @@ class Phase(NamedTuple):
     selections: np.ndarray              # one row per valid (token, expert) pair of the rank's tokens, local ones too
     sent: np.ndarray                    # rows that the rank really sends to other ranks
     received: np.ndarray                # rows that it really receives from other ranks
-    copied: np.ndarray                  # rows that the CPU engine copies for the rank: into scratch memory, and out of it
+    copied: np.ndarray                  # rows that the CPU engine must copy or sum for the rank
 
     @property
     def busiest(self):
@@ -35,8 +35,8 @@ def rows_between(topk_idx, num_experts):
     return np.array(pairs, np.int64), np.array(tokens, np.int64)
 
 
-def traffic(topk_idx, hidden, num_experts, dtype="bf16", layout="expert-major", combine="direct"):
-    """The bytes of a dispatch and of the combine that follows it: two `Phase`s.
+def low_latency(topk_idx, hidden, num_experts, dtype="bf16", layout="expert-major", combine="direct"):
+    """The bytes of a low-latency dispatch and of the combine that follows it: a `Phase` by name.
 
     A token crosses once to each other rank of its experts.  What comes back is one row per token and rank, or with
     combine="direct" one per token and expert.
@@ -44,7 +44,31 @@ def traffic(topk_idx, hidden, num_experts, dtype="bf16", layout="expert-major", 
     pairs, tokens = rows_between(topk_idx, num_experts)
     delivered = pairs if layout == "expert-major" else tokens
     returned = pairs if combine == "direct" else tokens
-    sent, back = tokens - np.diag(np.diag(tokens)), returned - np.diag(np.diag(returned))
+    return _both(pairs, tokens, returned, hidden, dtype, tokens.sum(1) + delivered.sum(0), delivered.sum(0) + returned.sum(1))
+
+
+def high_throughput(topk_idx, hidden, num_experts, dtype="bf16"):
+    """The bytes of a high-throughput dispatch and of the combine that follows it: a `Phase` by name.
+
+    A token crosses once to each other rank of its experts, straight to where it stays, and one row comes back for each.
+    """
+    pairs, tokens = rows_between(topk_idx, num_experts)
+    return _both(pairs, tokens, tokens, hidden, dtype, tokens.sum(1), others(tokens).sum(0) + tokens.sum(1))
+
+
+def _both(pairs, tokens, returned, hidden, dtype, copied, copied_back):
+    """pairs, tokens: [R, R], see `rows_between`.  returned: [R, R], rows that come back.  copied, copied_back: [R], rows."""
     there, here = row_bytes(hidden, dtype), row_bytes(hidden, "bf16")
-    return (Phase(there * pairs.sum(1), there * sent.sum(1), there * sent.sum(0), there * (tokens.sum(1) + delivered.sum(0))),
-            Phase(here * pairs.sum(1), here * back.sum(0), here * back.sum(1), here * (delivered.sum(0) + returned.sum(1))))
+    sent, back = others(tokens), others(returned)
+    return {"dispatch": Phase(there * pairs.sum(1), there * sent.sum(1), there * sent.sum(0), there * copied),
+            "combine": Phase(here * pairs.sum(1), here * back.sum(0), here * back.sum(1), here * copied_back)}
+
+
+def others(rows):
+    """[R, R] without what a rank has for itself."""
+    return rows - np.diag(np.diag(rows))
+
+
+def total(phases):
+    """The bytes of several phases, one after the other."""
+    return Phase(*map(sum, zip(*phases)))
