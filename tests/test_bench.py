@@ -1,30 +1,19 @@
-"""The benchmark: its byte counts by hand, its options, and the command as a user runs it."""
-import contextlib
-import io
-import itertools
+"""The benchmark: its byte counts by hand, its options, and the command as a user runs it; low latency.  test_bench_ht.py: what is
+different in high throughput."""
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import ranks
+from benchmark import (EXAMPLE, FAKE_LATENCY, HIDDEN, SMALL, assert_figures, assert_pair, assert_table, assert_worked_example,
+                       bench, by_a_fake_clock, command, cpu_only, with_wrong)
 
-import pyep
-from pyep.__main__ import main, read
-from pyep.bench import devices, figures, inputs, low_latency, options, traffic
+from pyep.__main__ import read
+from pyep.bench import figures, inputs, low_latency, options, traffic
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmark.md"
-SMALL = ("--tokens", "8", "--hidden", "64", "--experts-per-rank", "4", "--topk", "3",       # a shape of test_low_latency.py
-         "--iterations", "2", "--repeats", "3", "--warm-up", "1")
-cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="defaults and limits of the CPU engine")
-
-# The worked example of docs/benchmark.md: experts 0 and 1 live on rank 0, 2 and 3 on rank 1.
-EXAMPLE = [np.array([[0, 2], [2, 3], [1, -1]]), np.array([[0, 1], [3, 0], [1, 2]])]
-HIDDEN = 512
+ROWS = "dispatch", "combine", "pair"
+LL = ("ll", *SMALL)
 #                        selections    sent          received      bound, us
 BY_HAND = {
     "dispatch, bf16":   ([5120, 6144], [2048, 3072], [3072, 2048], 0.0068),
@@ -45,16 +34,7 @@ def example(name):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_worked_example(name):
-    selections, sent, received, bound_us = BY_HAND[name]
-    phase = example(name)
-    assert (phase.selections.tolist(), phase.sent.tolist(), phase.received.tolist()) == (selections, sent, received)
-    assert round(phase.busiest / 450 / 1e3, 4) == bound_us
-
-
-@pytest.mark.parametrize("name", BY_HAND)
-def test_worked_example_is_the_documented_one(name):
-    cells = [str(cell).strip("[]") for cell in BY_HAND[name]]
-    assert " | ".join(["| " + name, *cells]) + " |" in DOCUMENT.read_text()
+    assert_worked_example(name, example(name), *BY_HAND[name])
 
 
 def test_bytes_that_the_cpu_copies():
@@ -189,52 +169,25 @@ def test_missing_package(variables, capsys, monkeypatch):
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def bench(comm, *argv):
-    """The command on ranks that are already there: exit status, stdout, stderr."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        status = main(["bench", "ll", *argv], comm)
-    return status, out.getvalue(), err.getvalue()
-
-
-def command(n, *argv, module=("-m", "mpi4py"), before=()):
-    """The command as a user types it: the finished process."""
-    line = [*ranks.mpiexec(), *before, "-n", str(n), sys.executable, *module, "-m", "pyep", "bench", "ll", *argv]
-    return subprocess.run(line, env=ranks.environment(), capture_output=True, text=True, timeout=300)
-
-
-def assert_result(result, n, modes):
-    """One result of the JSON: all is there, and the figures fit each other."""
-    assert result["mode"] in modes
-    for name in ("dispatch", "combine", "pair"):
-        found = result[name]
-        us, nbytes, gbps = found["latency_us"], found["bytes"], found["gbps"]
-        assert 0 < us["min"] <= us["avg"] <= us["max"] and us["spread"] >= 0 and len(us["by_rank"]) == n
-        assert sum(nbytes["sent"]) == sum(nbytes["received"]) <= sum(nbytes["selections"])
-        assert gbps["wire"]["aggregate"] == pytest.approx(sum(nbytes["sent"]) / us["max"] / 1e3)
-        assert gbps["selections"]["per_rank"] == pytest.approx(sum(nbytes["selections"]) / us["max"] / 1e3 / n)
-        assert found["bound_us"] > 0
-    assert result["pair"]["bound_us"] == pytest.approx(result["dispatch"]["bound_us"] + result["combine"]["bound_us"])
-
-
 def test_sweep(tmp_path, device):
     """Table, progress bar, JSON and plot of a sweep; the results are the oracle's."""
     files = tmp_path / "a.json", tmp_path / "a.png"
     (status, out, err), (other_status, *other) = ranks.run(
-        2, bench, *SMALL, "--sweep", "tokens=8,4", "--check", "--json", str(files[0]), "--plot", str(files[1]))
+        2, bench, *LL, "--sweep", "tokens=8,4", "--check", "--json", str(files[0]), "--plot", str(files[1]))
     assert status == other_status == 0 and other == ["", ""], "rank 0 alone speaks"
     for text in ("2 ranks", f"engine      {device}", "tokens swept, hidden 64, top-3, 8 experts", "equal the oracle's", "memcpy"):
         assert text in out or text == "memcpy" and device == "cuda"
     assert "2/2" in err, "the progress bar"
     modes = ["eager", "graph"] if device == "cuda" else ["eager"]
-    lines = [line.split() for line in out.splitlines()]
-    rows = [line[:3] for line in lines if line[2:3] in (["dispatch"], ["combine"], ["pair"])]
-    assert rows == [[tokens, mode, name] for tokens in "84" for mode in modes for name in ("dispatch", "combine", "pair")]
+    assert_table(out, [(tokens, mode) for tokens in (8, 4) for mode in modes], ROWS)
     written = json.loads(files[0].read_text())
     assert written["machine"]["engine"] == device and written["machine"]["ranks"] == 2 and "numba" in written["machine"]["versions"]
     assert written["options"]["layout"] == "expert-major" and written["options"]["iterations"] == 2
     assert [(r["tokens"], r["mode"]) for r in written["results"]] == [(t, mode) for t in (8, 4) for mode in modes]
     for result in written["results"]:
-        assert_result(result, 2, modes)
+        for name in ROWS:
+            assert_figures(result[name], 2)
+        assert_pair(result)
         assert result["dispatch"]["bytes"]["selections"] == [2 * 64 * 3 * result["tokens"]] * 2
     assert files[1].read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and files[1].stat().st_size > 10_000
 
@@ -245,64 +198,40 @@ def test_sweep(tmp_path, device):
 ])
 def test_other_modes(argv, device):
     """Checked against the oracle, so they run in the mode that they say."""
-    (status, out, _), _ = ranks.run(2, bench, *SMALL, "--check", *argv)
+    (status, out, _), _ = ranks.run(2, bench, *LL, "--check", *argv)
     assert status == 0 and "equal the oracle's" in out
     assert ("rank-major; combine bf16, reduced" if "rank-major" in argv else "expert-major; combine bf16, reduced") in out
 
 
-def bench_with_wrong(comm, operation):
-    """The command where rank 1 gets the lowest bit of each value of the operation's result wrong."""
-    right = getattr(pyep.Buffer, operation)
-
-    def wrong(self, *args, **options):
-        result = right(self, *args, **options)
-        if self.rank == 1:
-            result[0].view("uint16")[:] ^= 1
-        return result
-    with mock.patch.object(pyep.Buffer, operation, wrong):
-        return bench(comm, *SMALL, "--check")
-
-
 @pytest.mark.parametrize("operation, name", [("low_latency_dispatch", "recv_x"), ("low_latency_combine", "combined_x")])
 def test_check_fails(operation, name):
-    (status, out, err), other = ranks.run(2, bench_with_wrong, operation)
+    (status, out, err), other = ranks.run(2, with_wrong, operation, *LL, "--check")
     assert status == 1 and other == (1, "", "") and out == "", "nothing is timed"
     assert "--check failed" in err and f"values of {name} differ, first at (0, 0" in err
     assert "rank 1: " in err and "rank 0: " not in err
 
 
-def bench_by_a_fake_clock(comm):
-    """The calls of this rank, and the JSON's result.  A repeat to warm up takes 100 s, then 1, 2 and 3; on rank 1 double."""
-    calls, ticks = [], itertools.cycle((100, 1, 2, 3))
-
-    def recorded(operation):
-        right = getattr(pyep.Buffer, operation)
-        return mock.patch.object(pyep.Buffer, operation, lambda *a, **b: calls.append(operation[12]) or right(*a, **b))
-
-    def seconds(self, run):
-        run()
-        return next(ticks) * (comm.rank + 1)
-    with recorded("low_latency_dispatch"), recorded("low_latency_combine"), mock.patch.object(devices.OnCpu, "seconds", seconds):
-        _, out, _ = bench(comm, *SMALL, "--json", "-")
-    return "".join(calls), out and json.loads(out)["results"][0]
+def letter(operation, args, options):
+    return operation.removeprefix("low_latency_")[0]
 
 
 @cpu_only
 def test_what_is_timed():
     """A pair that compiles, then 4 times 2 of each kind; the combines reuse a dispatch, and warm-up does not count."""
-    (calls, result), (other_calls, _) = ranks.run(2, bench_by_a_fake_clock)
+    operations = "low_latency_dispatch", "low_latency_combine"
+    (calls, result), (other_calls, _) = ranks.run(2, by_a_fake_clock, operations, letter, *LL)
     assert calls == other_calls == "dc" + "d" * 8 + "c" * 8 + "dc" * 8
-    for name in ("dispatch", "combine", "pair"):
-        assert result[name]["latency_us"] == {"max": 2e6, "avg": 1.5e6, "min": 1e6, "spread": 2e6, "by_rank": [1e6, 2e6]}
+    assert all(result[name]["latency_us"] == FAKE_LATENCY for name in ROWS)
 
 
 @pytest.mark.parametrize("module", [(), ("-m", "mpi4py")])
 def test_command(module):
     """With and without -m mpi4py; the JSON alone on stdout."""
-    done = command(2, *SMALL, "--json", "-", "--link-gbps", "100", module=module)
+    done = command(2, *LL, "--json", "-", "--link-gbps", "100", module=module)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)["results"][0]
-    assert_result(result, 2, ("eager", "graph"))
+    for name in ROWS:
+        assert_figures(result[name], 2)
     sent = result["dispatch"]["bytes"]
     assert result["dispatch"]["bound_us"] == pytest.approx(max(sent["sent"] + sent["received"]) / 100e3)
     assert "bound       wire bytes of the busiest rank and direction / 100 GB/s" in done.stderr
@@ -310,19 +239,19 @@ def test_command(module):
 
 def test_bad_options_of_the_command():
     """Said once, and the exit status is 2."""
-    done = command(2, "--tokens", "-1", module=())
+    done = command(2, "ll", "--tokens", "-1", module=())
     assert done.returncode == 2 and done.stderr.count("error: argument --tokens") == 1 and done.stdout == ""
 
 
 @cpu_only
 def test_a_rank_that_fails_ends_all():
     """Also without -m mpi4py, and long before the others would time out."""
-    wrong = ("-n", "1", "env", "PYEP_CPU_SHAPE=junk", sys.executable, "-m", "pyep", "bench", "ll", *SMALL, ":")
-    done = command(1, *SMALL, module=(), before=wrong)
+    wrong = ("-n", "1", "env", "PYEP_CPU_SHAPE=junk", sys.executable, "-m", "pyep", "bench", *LL, ":")
+    done = command(1, *LL, module=(), before=wrong)
     assert done.returncode not in (0, 2) and "PYEP_CPU_SHAPE is 'junk'" in done.stderr
 
 
 def test_torch():
     pytest.importorskip("torch")
-    done = command(2, *SMALL, "--check", "--array", "torch")
+    done = command(2, *LL, "--check", "--array", "torch")
     assert done.returncode == 0 and "torch arrays" in done.stdout and "equal the oracle's" in done.stdout, done.stdout + done.stderr

@@ -1,13 +1,15 @@
-"""The benchmarks: `python -m pyep bench ll`.  What each figure means is in docs/benchmark.md.
+"""The benchmarks: `python -m pyep bench ll` and `bench ht`.  What each figure means is in docs/benchmark.md.
 
-Read in this order: `benchmark` (what makes a benchmark) and `low_latency` (the one there is), `options` and `points` (what can be
-asked for), `measure` (one point of a sweep), `timing`, `low_latency_operations` (what is called), `inputs` (what is sent),
-`devices` (clocks, graphs, arrays), `traffic` (how many bytes), `check` (the oracle), `figures`, `report` (table, JSON) and `plot`.
+Read in this order: `benchmark` (what makes a benchmark); the two there are, `low_latency` and `high_throughput`; `options` and
+`points` (what can be asked for); `measure` (one point of a sweep) and `timing`; `low_latency_operations` and
+`high_throughput_operations` (what is called); `inputs` (what is sent), `devices` (clocks, graphs, arrays), `traffic` (how many
+bytes), `check` (the oracle), `figures`, `report` (table, JSON) and `plot`.
 """
 from . import options
+from .high_throughput import HighThroughput
 from .low_latency import LowLatency
 
-BENCHMARKS = (LowLatency(),)
+BENCHMARKS = LowLatency(), HighThroughput()
 
 
 def add_commands(benchmarks):

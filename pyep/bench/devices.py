@@ -50,9 +50,11 @@ class TorchArrays:
         return torch
 
     def up(self, array):
-        if array.dtype == ml_dtypes.bfloat16:
-            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16).to(self.device)
-        return self.torch.from_numpy(array).to(self.device)
+        name = array.dtype.name
+        if not hasattr(ml_dtypes, name):
+            return self.torch.from_numpy(array).to(self.device)
+        integer = {1: np.uint8, 2: np.int16}[array.itemsize]
+        return self.torch.from_numpy(array.view(integer)).view(getattr(self.torch, name)).to(self.device)
 
     def down(self, tensor):
         name = str(tensor.dtype).removeprefix("torch.")
@@ -76,6 +78,8 @@ class CuPy:
         self._begin, self._end = cupy.cuda.Event(), cupy.cuda.Event()
 
     def up(self, array):
+        if array.dtype == ml_dtypes.float8_e4m3fn:
+            array = array.view(np.uint8)                         # CuPy has no FP8: its bytes
         return self.cupy.asarray(array)
 
     def down(self, array):

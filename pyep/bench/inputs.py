@@ -53,5 +53,12 @@ def outputs(point, layout, topk_idx, seed, rank):
     return y
 
 
+def packed_outputs(point, received, rows, seed, rank):
+    """The outputs of a rank's experts where rows lie without gaps: [rows, H] bf16, random in the first `received`, 0 behind."""
+    y = np.zeros((rows, point.hidden), ml_dtypes.bfloat16)
+    y[:received] = _normal(_generator(seed, rank, "outputs"), (received, point.hidden))
+    return y
+
+
 def _normal(generator, shape):
     return generator.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)

@@ -36,12 +36,16 @@ def add_arguments(parser, benchmark):
 
 
 def _add_shape(group, benchmark):
-    fields, experts = benchmark.defaults._fields, group.add_mutually_exclusive_group()
-    defaults = {name: str(value) for name, value in benchmark.defaults._asdict().items()} | {"experts_per_rank": "--experts"}
-    for name in [*fields, "experts_per_rank"]:
-        default = ", or ".join(filter(None, (benchmark.environment.get(name), defaults[name])))
-        parent = experts if name.startswith("experts") else group
+    experts = group.add_mutually_exclusive_group()
+
+    def add(parent, name, default):
+        default = ", or ".join(filter(None, (benchmark.environment.get(name), default)))
         parent.add_argument(option(name), type=whole, metavar="N", help=f"{WORDS[name]} (default: {default})")
+    for name, value in benchmark.defaults._asdict().items():
+        add(experts if name == "experts" else group, name, str(value))
+        if name == "experts":
+            add(experts, "experts_per_rank", "--experts")
+    fields = benchmark.defaults._fields
     group.add_argument("--sweep", type=functools.partial(sweep, fields), action="append", default=[], metavar="NAME=N,N,...",
                        help=f"measure each of these values of {', '.join(fields)}; several sweeps give all combinations")
 

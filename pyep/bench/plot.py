@@ -12,12 +12,12 @@ STYLES = "-", "--", "-.", ":"
 def draw(args, machine, results):
     """Write the PNG."""
     (swept, values), *others = args.sweep
-    figure, (latency, bandwidth) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure, (latency, bandwidth) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     colors = {name: f"C{i}" for i, name in enumerate(args.benchmark.rows)}
     for i, (label, group) in enumerate(series(results, [name for name, _ in others]).items()):
         group.sort(key=lambda result: result[swept])
         curves(latency, bandwidth, swept, group, label, colors, STYLES[i % len(STYLES)])
-        bounds(latency, swept, group, "bound" if i == 0 else None, colors)
+        bounds(latency, swept, group, "bound" if i == 0 else None, args.benchmark.rows, colors)
     if args.link_gbps:
         bandwidth.axhline(args.link_gbps, color="black", linewidth=1, linestyle=":", label=f"link, {args.link_gbps:g} GB/s")
     latency.set_yscale("log")
@@ -50,12 +50,13 @@ def curves(latency, bandwidth, swept, group, label, colors, style):
             bandwidth.plot(x, [figures["gbps"]["wire"]["per_rank"] for figures in found], **look)
 
 
-def bounds(latency, swept, group, label, colors):
+def bounds(latency, swept, group, label, rows, colors):
+    """One for each set of phases that a row moves."""
     x = [result[swept] for result in group]
-    for name, color in colors.items():
-        if "bound_us" in group[0][name]:
-            latency.plot(x, [result[name]["bound_us"] for result in group], color=color, linewidth=1, linestyle=":",
-                         label=label and f"{name}, {label}")
+    first = {parts: name for name, parts in reversed(rows.items()) if parts}
+    for name in first.values():
+        latency.plot(x, [result[name]["bound_us"] for result in group], color=colors[name], linewidth=1, linestyle=":",
+                     label=label and f"{name}, {label}")
 
 
 def finish(axes, swept, values, what):
@@ -65,4 +66,4 @@ def finish(axes, swept, values, what):
     axes.set_xlabel(f"{swept} a rank" if swept == "tokens" else swept)
     axes.set_ylabel(what)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, handlelength=3)
+    axes.legend(fontsize=7, handlelength=3, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
