@@ -25,8 +25,9 @@ def draw(args, machine, results):
     bandwidth.set_ylim(bottom=0)
     finish(latency, swept, values, "microseconds, slowest rank")
     finish(bandwidth, swept, values, "wire GB/s per rank")
-    device, operation = " + ".join(machine["devices"]), args.benchmark.operation(args)
-    figure.suptitle(f"{machine['ranks']} ranks, {device} ({args.transport_name}): {shape(args)}\n{operation}", fontsize=10)
+    where = f"{machine['ranks']} ranks, {' + '.join(machine['devices'])} ({args.transport_name})"
+    what = f"{args.benchmark.title.capitalize()}: {args.benchmark.operation(args)}"
+    figure.suptitle(f"{what}\n{where}: {shape(args)}", fontsize=10)
     figure.savefig(args.plot, format="png", dpi=120)
     pyplot.close(figure)
 
