@@ -6,7 +6,6 @@ from ..buffer import Buffer
 from .benchmark import Benchmark
 from .high_throughput_operations import Operations
 from .options import require_blocks
-from .traffic import row_bytes
 
 
 class Point(NamedTuple):
@@ -51,8 +50,7 @@ combine     {iterations} of one dispatch's output; pair: a dispatch + exchange a
         return f"dispatch {args.dtype}, combine bf16"
 
     def make_buffer(self, point, args, comm):
-        size = Buffer.get_high_throughput_size_hint(point.tokens, point.hidden, comm.size, point.topk, num_results=held(args),
-                                                    hidden_bytes=row_bytes(point.hidden, args.dtype))
+        size = Buffer.get_high_throughput_size_hint(point.tokens, point.hidden, comm.size, point.topk, num_results=held(args))
         return Buffer(comm=comm, num_nvl_bytes=size, transport=args.transport)
 
     def make_operations(self, buf, library, point, args):
@@ -60,6 +58,6 @@ combine     {iterations} of one dispatch's output; pair: a dispatch + exchange a
 
 
 def held(args):
-    """Results that are held at a time: of the dispatch whose handle is used, and of the latest.  And those of all operations in
-    graphs: three rows of the table are dispatches, two are combines, which need less."""
+    """BF16 results that are held at a time: of the dispatch whose handle is used, and of the latest.  And of all operations in
+    graphs: three rows of the table have dispatches, two have combines, which need less (but more than FP8 results)."""
     return 2 + 5 * args.iterations * ("graph" in args.modes)
