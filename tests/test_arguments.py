@@ -50,7 +50,8 @@ CONSTRUCTOR = {
     "timeout_s NaN": ({}, dict(timeout_s=float("nan")), ValueError, "timeout_s", "nan", "seconds"),
     "timeout_s infinite": ({}, dict(timeout_s=float("inf")), ValueError, "timeout_s", "inf", "seconds"),
     "timeout_s a string": ({}, dict(timeout_s="3"), (TypeError, ValueError), "timeout_s", "'3'", "seconds"),
-    "not low latency": ({}, dict(low_latency_mode=False), NotImplementedError, "low_latency_mode=True"),
+    "num_nvl_bytes negative": ({}, dict(num_nvl_bytes=-1), ValueError, "num_nvl_bytes", "-1", "bytes"),
+    "num_nvl_bytes a float": ({}, dict(num_nvl_bytes=1e6), ValueError, "num_nvl_bytes", "1000000.0", "bytes"),
     "enable_shrink": ({}, dict(enable_shrink=True), NotImplementedError, "enable_shrink=False"),
 }
 if not on_gpu():  # where CUDA is used already, it would not notice the environment
@@ -350,8 +351,7 @@ def ask_wrongly(comm):
                      lambda: buf.low_latency_query_mask_buffer(zeros(1, dtype="int32"))):
             with rejected(NotImplementedError, "enable_shrink=True", "EPTimeoutError"):
                 call()
-        with rejected(NotImplementedError, "use_rdma_buffer=False", "use_rdma_buffer=True"):
-            buf.get_local_buffer_tensor("uint8")
+        assert len(buf.get_local_buffer_tensor("uint8")) == 0    # no num_nvl_bytes
         for offset in (-8, 4, 2**40):
             with rejected(ValueError, "offset", str(offset), "multiple of 8"):
                 buf.get_local_buffer_tensor("int64", offset=offset, use_rdma_buffer=True)
@@ -373,10 +373,10 @@ SETTINGS = {
     "ranks a float": (lambda: Buffer.get_combine_config(8.0), ValueError, "num_ranks", "8.0", "int"),
     "config of a float": (lambda: Config(20, 6.5), TypeError, "num_max_nvl_chunked_send_tokens", "6.5", "int"),
     "config of nothing": (lambda: Config(20, 6, 0), ValueError, "num_max_nvl_chunked_recv_tokens", "0", "at least 1"),
-    "NVLink hint": (lambda: Config().get_nvl_buffer_size_hint(14336, 8), NotImplementedError,
-                    "get_nvl_buffer_size_hint", "high-throughput", "get_low_latency_rdma_size_hint"),
-    "RDMA hint": (lambda: Config().get_rdma_buffer_size_hint(14336, 16), NotImplementedError,
-                  "get_rdma_buffer_size_hint", "high-throughput", "get_low_latency_rdma_size_hint"),
+    "hint of a float": (lambda: Buffer.get_high_throughput_size_hint(4096.5, 7168, 4, 8), TypeError, "num_max_tokens", "4096.5"),
+    "hint of hidden 12": (lambda: Buffer.get_high_throughput_size_hint(9, 12, 4, 8), ValueError, "hidden", "12", "multiple of 8"),
+    "hint of no ranks": (lambda: Buffer.get_high_throughput_size_hint(9, 8, 0, 8), ValueError, "num_ranks", "0", "at least 1"),
+    "hint of no results": (lambda: Buffer.get_high_throughput_size_hint(1, 8, 1, 1, num_results=0), ValueError, "num_results", "0"),
     "event of a list": (lambda: Buffer.capture([1]), TypeError, "like", "list", "NumPy"),
 }
 

@@ -126,15 +126,16 @@ def number_for_rank(watch, rank, num_tokens_per_rank, is_token_in_rank, num_toke
 
 # ---- learn what the others have told -----------------------------------------------------------------------------------
 
-def bring_counts(watch, sources_entries, entry, to):
-    """Bring `sources_entries` counters of each source, from `entry` on, into shared memory, [R][sources_entries] words of 4 bytes;
-    the block meets.  Returns 1 if all have come, else 0."""
+def bring_counts(watch, first, entries, end, to):
+    """Bring `entries` counters of each source, from entry `first` on but none from `end` on, into shared memory, [R][entries] words
+    of 4 bytes; the block meets.  Returns 1 if all have come, else 0."""
     base, _, epoch = watch
     i = thread_rank()
-    while i < RANKS * sources_entries:
-        source = udiv(i, sources_entries)
-        counter = slot(base, epoch, source, entry + i - source * sources_entries)
-        st4_shared(to + 4 * i, wait_count(watch, NOTIFY_COUNT, source, counter))
+    while i < RANKS * entries:
+        source = udiv(i, entries)
+        entry = first + i - source * entries
+        if entry < end:
+            st4_shared(to + 4 * i, wait_count(watch, NOTIFY_COUNT, source, slot(base, epoch, source, entry)))
         i += num_threads()
     return 1 - syncthreads_or(ld8_relaxed(base + FAILED))
 
@@ -172,14 +173,13 @@ def count_experts(watch, alignment, host):
     """The rows of each local expert, rounded up, for the host.  Returns 1, or 0 if some counts have not come."""
     first = 0
     while first < LOCAL_EXPERTS:
-        experts = STAGED if LOCAL_EXPERTS - first > STAGED else LOCAL_EXPERTS - first
-        if bring_counts(watch, experts, 1 + RANKS + first, shared()) == 0:
+        if bring_counts(watch, 1 + RANKS + first, STAGED, 1 + RANKS + LOCAL_EXPERTS, shared()) == 0:
             return 0
         expert = thread_rank()
-        while expert < experts:
+        while expert < STAGED and first + expert < LOCAL_EXPERTS:
             rows = 0
             for source in range(RANKS):
-                rows += ld4_shared(shared() + 4 * (source * experts + expert))
+                rows += ld4_shared(shared() + 4 * (source * STAGED + expert))
             st8(host + 8 * (COUNTS + first + expert), udiv(rows + alignment - 1, alignment) * alignment)
             expert += num_threads()
         syncthreads()
@@ -189,7 +189,7 @@ def count_experts(watch, alignment, host):
 
 def learn_counts(watch, me, alignment, rank_prefix, host):
     """One block waits for all ranks' counts and draws the conclusions."""
-    if bring_counts(watch, 1 + RANKS, 0, shared()) == 0:
+    if bring_counts(watch, 0, 1 + RANKS, 1 + RANKS, shared()) == 0:
         return
     short = syncthreads_or(1 - add_prefixes(watch, me, shared(), rank_prefix, host))
     if WORST == 0:
