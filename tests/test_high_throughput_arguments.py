@@ -36,7 +36,7 @@ LAYOUT = {
     "topk_idx not contiguous": (lambda a: dict(topk_idx=zeros(T, 2 * K, dtype="int64")[:, ::2]), ValueError,
                                 "topk_idx", "not contiguous"),
     "K 0": (lambda a: dict(topk_idx=zeros(T, 0, dtype="int64")), ValueError, "topk_idx", "0"),
-    "E 0": (lambda a: dict(num_experts=0), ValueError, "num_experts", "0", "multiple of the 1 ranks"),
+    "E 0": (lambda a: dict(num_experts=0), ValueError, "num_experts", "0", "expected"),
     "E negative": (lambda a: dict(num_experts=-4), ValueError, "num_experts", "-4"),
     "E above what one rank can have": (lambda a: dict(num_experts=2048), ValueError, "num_experts", "2048", "at most 2047"),
     "E a float": (lambda a: dict(num_experts=4.5), TypeError, "num_experts", "4.5"),
