@@ -52,13 +52,13 @@ class Library:
         raise NotImplementedError
 
     def of_memory(self, memory):
-        """A `Memory` as an array of uint8, not copied."""
+        """A `Memory` as an array, not copied."""
         raise NotImplementedError
 
-    def lent(self, memory, dtype, shape):
-        """An array over the first bytes of a `Memory`, which lives as long as the array and its views.  dtype: its name."""
-        dtype = self.dtype_of(dtype)
-        return self.of_memory(memory)[:math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    def lent(self, address, dtype, shape, owner):
+        """An array over memory at an address; `owner` lives as long as the array and its views.  dtype: its name."""
+        array = self.of_memory(Memory(self.engine, address, shape, owner, TYPES.get(dtype, "|u1")))
+        return array.view(self.dtype_of(dtype)) if dtype in VIEWED else array
 
     def dtype_of(self, name):
         """The library's dtype of a name."""
@@ -190,13 +190,18 @@ def library_on_gpu():
     return _library("cupy", "cuda") if "cupy" in sys.modules else None
 
 
-class Memory:
-    """Bytes at an address, for libraries to make arrays of; `owner` is kept alive with them."""
+# How arrays are described to other libraries.  They know nothing of bf16 and FP8: those are viewed as what they are afterwards.
+TYPES = {"int32": "<i4", "int64": "<i8", "float32": "<f4", "bfloat16": "<i2", "float8_e4m3fn": "|u1"}
+VIEWED = "bfloat16", "float8_e4m3fn"
 
-    def __init__(self, engine, address, nbytes, owner=None):
+
+class Memory:
+    """Memory at an address, for libraries to make arrays of; `owner` is kept alive with them."""
+
+    def __init__(self, engine, address, shape, owner=None, typestr="|u1"):
         interface = "__cuda_array_interface__" if engine == "cuda" else "__array_interface__"
-        setattr(self, interface, dict(shape=(nbytes,), typestr="|u1", data=(address, False), version=3))
-        self.engine, self.nbytes, self.owner = engine, nbytes, owner
+        setattr(self, interface, dict(shape=shape, typestr=typestr, data=(address, False), version=3))
+        self.engine, self.nbytes, self.owner = engine, math.prod(shape) * int(typestr[2:]), owner
 
 
 def view(memory, dtype, shape, offset):

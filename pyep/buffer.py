@@ -82,7 +82,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         self._connection.require_usable()
         transport, heap = self._connection.transport, self._connection.heap
         begin, nbytes = (0, self._connection.nbytes) if use_rdma_buffer else (heap.offset, heap.nbytes)
-        memory = arrays.Memory(self.engine, transport.base + begin, nbytes, transport.memory)
+        memory = arrays.Memory(self.engine, transport.base + begin, (nbytes,), transport.memory)
         return arrays.view(memory, dtype, size, offset)
 
     capture = staticmethod(events.capture)

@@ -7,7 +7,7 @@ import math
 import zlib
 from typing import NamedTuple
 
-from . import arrays, layout
+from . import layout
 from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutError
 from .kernels import intranode as kernels
 from .kernels.intranode_combine import combine
@@ -138,8 +138,7 @@ class Lent:
     def array(self, library):
         if self._slab is None:
             return library.empty(self._shape, self._dtype)
-        memory = arrays.Memory(library.engine, self.address, self._slab.nbytes, self._slab)
-        return library.lent(memory, self._dtype, self._shape)
+        return library.lent(self.address, self._dtype, self._shape, self._slab)
 
 
 class Made:

@@ -78,7 +78,7 @@ def test_a_slab_lives_as_long_as_the_last_array():
     heap = Heap(0, 32 * LINE, memory)
     slab = heap.allocate(8 * LINE)
     assert slab.memory is memory
-    whole = arrays.view(arrays.Memory("cpu", memory.ctypes.data + slab.offset, slab.nbytes, slab), np.int32, None, 0)
+    whole = arrays.view(arrays.Memory("cpu", memory.ctypes.data + slab.offset, (slab.nbytes,), slab), np.int32, None, 0)
     del slab
     part = whole[3:5].reshape(2, 1)
     assert heap.free() == 24 * LINE
