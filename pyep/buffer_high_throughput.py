@@ -25,7 +25,7 @@ class HighThroughputOperations:
         self._connection, self._num_nvl_bytes = connection, num_nvl_bytes
         self._kernels = Kernels(connection.engine, connection.size)
         self._checked, self._met = {}, {}                        # calls whose checks have passed; shapes, by fingerprint
-        self._captured = []                                      # memory in graphs that may be replayed as long as the buffer lives
+        self._counts = {}                                        # memory in which layouts are counted
         connection.words_for.update(dict.fromkeys(WORDS_FOR, self._high_throughput_error))
 
     def get_dispatch_layout(self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
@@ -47,7 +47,9 @@ class HighThroughputOperations:
         ranks = connection.size
         kernel, blocks = self._kernels.layout(num_experts, ranks, num_topk, index_bytes, self._sms(None))
         run = self._enter(library, async_finish, previous_event, fresh=True)
-        counts = library.empty((blocks, num_experts + ranks), "int32")
+        if (library, blocks, num_experts) not in self._counts:   # for all to use in turn: no graph may find it gone
+            self._counts[library, blocks, num_experts] = library.empty((blocks, num_experts + ranks), "int32")
+        counts = self._counts[library, blocks, num_experts]
         per_rank, per_expert = library.empty((ranks,), "int32"), library.empty((num_experts,), "int32")
         in_rank = library.empty((num_tokens, ranks), "bool")
         at = library.pointer
@@ -93,11 +95,13 @@ class HighThroughputOperations:
         if handle is None:
             library, shape, index_bytes = self._check(
                 "dispatch", check_dispatch, (values, scales, *counts, topk_idx, topk_weights), (expert_alignment, worst))
+            connection.heap.capturing = library.is_capturing()
             self._check_uncached(library, shape, topk_idx, worst)
         else:
             check_handle(handle, id(self))
             given = dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights, num_worst_tokens=worst)
             library, shape, index_bytes = check_cached(connection.engine, connection.size, values, scales, handle, given)
+            connection.heap.capturing = library.is_capturing()
             self._require_room(shape, handle.known.num_rows, len(values))
         inputs = [0 if a is None else aligned(library, a, "x") for a in (values, scales)]
         kernels = self._ready(shape, library, index_bytes, self._sms(config))
@@ -140,6 +144,7 @@ class HighThroughputOperations:
         check_handle(handle, id(self))
         known = handle.known
         library, shape, biases = check_combine(connection.engine, connection.size, x, handle, topk_weights, bias)
+        connection.heap.capturing = library.is_capturing()
         rows, num_tokens, at = shape.rows, known.num_tokens, library.pointer
         inputs = [aligned(library, x, "x"), 0 if topk_weights is None else at(topk_weights)]
         biases = [aligned(library, b, "bias") for b in biases]
@@ -187,7 +192,7 @@ class HighThroughputOperations:
             check_experts(topk_idx, shape.num_experts)
         if worst:
             self._require_room(shape, worst, -(-worst // shape.num_ranks))
-        elif library.is_capturing():
+        elif self._connection.heap.capturing:
             raise RuntimeError("dispatch waits on the host for the number of rows, which a graph cannot do: pass num_worst_tokens "
                                "or a handle")
 
@@ -271,8 +276,6 @@ class HighThroughputOperations:
     def _event(self, run, keep):
         """The event behind an operation that was launched; keep: what it reads and writes."""
         streams = self._connection.streams
-        if run.library.is_capturing():
-            self._captured.append([a for a in keep if isinstance(a, (Lent, HighThroughputHandle, tuple))])
         recorded = streams.record() if run.async_finish else None
         event = EventOverlap(recorded, keep if recorded else None, run.library, run.current, self._connection.check)
         if run.previous_event is not None:
@@ -285,8 +288,8 @@ class HighThroughputOperations:
         return error_from(record, connection.rank, self._met, connection.half_bytes, connection.size, connection.timeout_s)
 
     def _forget_high_throughput(self):
-        """Let go of all kernels, and of memory in graphs."""
-        self._kernels, self._checked, self._met, self._captured = None, {}, {}, []
+        """Let go of all kernels and memory."""
+        self._kernels, self._checked, self._met, self._counts = None, {}, {}, {}
 
 
 class Run(NamedTuple):

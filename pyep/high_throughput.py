@@ -17,6 +17,7 @@ from .kernels.intranode_notify import COUNTS, NEEDED, RECEIVED, ROOM, SENT, SHOR
 
 DISPATCH, COMBINE = "dispatch", "combine"
 UNLIMITED = 2**31 - 1                   # rows: row numbers are int32
+COMBINE_REGISTERS = 80                  # of a thread of combine, which has many loads under way
 STAGED_COUNTS = 4096                    # words that the notify kernel has in shared memory for counts of experts
 
 # What the waits of a kernel wait for: (operation, phase, what the peer owes), by the number in the status record.
@@ -77,47 +78,44 @@ class Kernels:
 
     def layout(self, num_experts, num_ranks, num_topk, index_bytes, num_sms):
         """(the kernel, the blocks of its grid)."""
-        blocks, _ = self._engine.share(num_sms)
+        blocks, threads = self._engine.share(num_sms)
         parameters = dict(EXPERTS=num_experts, LOCAL_EXPERTS=num_experts // num_ranks, TOPK=num_topk, INDEX_BYTES=index_bytes)
-        return self._make(count_layout, num_sms, blocks, 4 * (num_experts + num_ranks), parameters), blocks
+        return self._make(count_layout, blocks, threads, 4 * (num_experts + num_ranks), parameters), blocks
 
     def of(self, shape, index_bytes, num_sms, rank=0):
         """{name: kernel} of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
-        blocks, threads = self._engine.share(num_sms)
-        warps = threads // self._engine.warp
-        jobs = self._combine(shape, warps) if shape.operation == COMBINE else self._dispatch(shape, index_bytes, warps)
+        jobs = self._combine(shape, num_sms) if shape.operation == COMBINE else self._dispatch(shape, index_bytes, num_sms)
         names = list(jobs)[rank % len(jobs):] + list(jobs)[:rank % len(jobs)]
-        made = {}
-        for name in names:
-            fn, shared_bytes, parameters = jobs[name]
-            grid = min(blocks, shape.num_ranks + 1) if fn is notify else blocks
-            made[name] = self._make(fn, num_sms, grid, shared_bytes, parameters)
-        return made
+        return {name: self._make(*jobs[name]) for name in names}
 
-    def _dispatch(self, shape, index_bytes, warps):
-        """The kernels of a dispatch: (function, shared bytes, template parameters)."""
-        ranks, rows = shape.num_ranks, shape.rows
+    def _dispatch(self, shape, index_bytes, num_sms):
+        """The kernels of a dispatch: (function, blocks, threads, shared bytes, template parameters)."""
+        blocks, threads = self._engine.share(num_sms)
+        warps, ranks, rows = threads // self._engine.warp, shape.num_ranks, shape.rows
         local = shape.num_experts // ranks
         experts = dict(EXPERTS=shape.num_experts, LOCAL_EXPERTS=local)
         travels = dict(TOPK=shape.num_topk, WEIGHTED=int(shape.weighted), INDEX_BYTES=index_bytes) if shape.num_topk else {}
         moved = dict(experts if shape.num_topk else {}, ROW_BYTES=rows.row, SCALE_BYTES=rows.scales, SOURCES=int(rows.source > 0),
-                     OPERATION=shape.fingerprint, **travels)
-        jobs = {"dispatch": (dispatch, 8 * ranks * SECTIONS + 16 * ranks * warps, moved)}
+                     OPERATION=shape.fingerprint, PART_BYTES=self._engine.part_bytes(rows.row), **travels)
+        jobs = {"dispatch": (dispatch, blocks, threads, 8 * ranks * SECTIONS + 16 * ranks * warps, moved)}
         if shape.counts != "cached":
             staged = max(1, min(local, STAGED_COUNTS // ranks))
             shared_bytes = 4 * max(warps, ranks * (1 + ranks), ranks * staged)
-            jobs["notify"] = notify, shared_bytes, dict(experts, STAGED=staged, WORST=int(shape.counts == "worst"))
+            worst = int(shape.counts == "worst")
+            jobs["notify"] = notify, min(blocks, ranks + 1), threads, shared_bytes, dict(experts, STAGED=staged, WORST=worst)
         return jobs
 
-    def _combine(self, shape, warps):
+    def _combine(self, shape, num_sms):
         """The kernel of a combine, likewise."""
-        ranks = shape.num_ranks
+        blocks, threads = self._engine.share(num_sms, COMBINE_REGISTERS)
+        sending_blocks, sending_warps = self._engine.senders(blocks, threads)
+        warps, ranks = threads // self._engine.warp, shape.num_ranks
         shared_bytes = 8 * ranks * (1 + shape.weighted) + layout.align(4 * ranks * ranks, 16) + 16 * warps * layout.align(ranks, 4)
-        return {"combine": (combine, shared_bytes, dict(ROW_BYTES=shape.rows.row, TOPK=shape.num_topk, WEIGHTED=int(shape.weighted),
-                                                        OPERATION=shape.fingerprint))}
+        return {"combine": (combine, blocks, threads, shared_bytes, dict(
+            ROW_BYTES=shape.rows.row, TOPK=shape.num_topk, WEIGHTED=int(shape.weighted), OPERATION=shape.fingerprint,
+            SENDING_BLOCKS=sending_blocks, SENDING_WARPS=sending_warps))}
 
-    def _make(self, fn, num_sms, blocks, shared_bytes, parameters):
-        _, threads = self._engine.share(num_sms)
+    def _make(self, fn, blocks, threads, shared_bytes, parameters):
         key = fn, blocks, tuple(sorted(parameters.items()))
         if key not in self._made:
             self._made[key] = self._engine.kernel(fn, blocks, threads, shared_bytes, overlap=True, **self._constants | parameters)

@@ -65,6 +65,24 @@ def test_first_fit_and_joining_by_hand():
     assert heap.allocate(10 * LINE).offset == 128
 
 
+def test_memory_of_graphs():
+    """What was lent while capturing stays with graphs, whoever still refers to it."""
+    heap = Heap(128, 10 * LINE)
+    a = heap.allocate(2 * LINE)
+    heap.capturing = True
+    b, c = heap.allocate(3 * LINE), heap.allocate(LINE)
+    assert (b.offset, c.offset) == (3 * LINE, 6 * LINE)
+    del b
+    d = heap.allocate(2 * LINE)                         # from what the graph has given back, before anything else
+    assert d.offset == 3 * LINE
+    heap.capturing = False
+    del a, d
+    assert heap.free() == 2 * LINE + 4 * LINE           # of a, and behind c
+    assert heap.allocate(3 * LINE).offset == 7 * LINE
+    heap.capturing = True
+    assert heap.free() == 2 * LINE + 4 * LINE + 3 * LINE and heap.allocate(3 * LINE).offset == 3 * LINE
+
+
 @pytest.mark.parametrize("nbytes", [0, 1, 127])
 def test_no_memory(nbytes):
     heap = Heap(1000, nbytes)

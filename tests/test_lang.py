@@ -27,7 +27,7 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks,
                                num_threads, pause, polls_per_look, popc, present, previous_kernel_done, shared, shfl, shfl_xor, st1,
                                st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed,
-                               swap8_if, sync_first_threads, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3,
+                               swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3,
                                udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
 
@@ -784,34 +784,6 @@ def test_syncwarp(shape):
     mirror = np.arange(out.size).reshape(out.shape)[:, :, ::-1]
     rounds = 20 * (1 + np.arange(threads // warp))[None, :, None]
     np.testing.assert_array_equal(out, rounds * (rounds + 1) // 2 * mirror)
-
-
-def exchange_among_first(rounds, n, words, out):
-    """As above with the first n threads of the block, while the others, which have nothing to wait for, are at it for longer."""
-    mine, total, i = words + 8 * my_thread(), 0, 0
-    mirror = mine + 8 * (n - 1 - 2 * thread_rank())
-    while thread_rank() < n and i < rounds:
-        st8(mine, (i + 1) * my_thread())
-        sync_first_threads(n)
-        total += ld8(mirror)
-        sync_first_threads(n)
-        i += 1
-    while thread_rank() >= n and i < 2 * rounds:
-        total += ld8(mine)
-        i += 1
-    st8(out + 8 * my_thread(), total)
-
-
-@shapes(NARROW, WIDE, ODD, ON_GPU)
-def test_sync_first_threads(shape):
-    blocks, (threads, warp) = shape
-    n, rounds = max(warp, threads // warp // 2 * warp), 20                      # half of the warps
-    words, out = memory(blocks, threads), memory(blocks, threads)
-    words[:] = np.arange(words.size).reshape(words.shape)
-    expected = 2 * rounds * words
-    expected[:, :n] = rounds * (rounds + 1) // 2 * words[:, :n][:, ::-1]
-    run(exchange_among_first, shape, rounds, n, words, out)
-    np.testing.assert_array_equal(out, expected)
 
 
 def ask_lanes(values, out):

@@ -96,9 +96,17 @@ class CpuEngine:
         """
         return ("send", self.blocks, self.blocks, 0), ("receive", self.blocks, 0, self.blocks)
 
-    def share(self, num_sms):
+    def share(self, num_sms, registers=64):
         """(blocks, threads) of a kernel that may take so many multiprocessors: there are none here."""
         return self.blocks, self.machine.threads
+
+    def part_bytes(self, row_bytes):
+        """How much of a row a warp sends at a time: all; in shapes with warps less, to try it."""
+        return row_bytes if self.warp == 1 else 128 * self.warp
+
+    def senders(self, blocks, threads):
+        """(blocks, warps of each) that send, where one launch sends and receives all the while."""
+        return max(1, blocks - 1), max(1, threads // self.warp // 2)
 
     def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
         """A compiled kernel; `overlap` is for the GPU's sake, and ignored."""

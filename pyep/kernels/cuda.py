@@ -18,6 +18,8 @@ from . import cache
 from .op import CUDA, bind
 
 SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a sixth those to more: a row is loaded once for all
+FILLING = 24                    # multiprocessors fill the link with a third of their warps
+REGISTERS = 65536               # of a multiprocessor
 LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
 
 
@@ -133,9 +135,17 @@ class CudaEngine:
         receivers = blocks - senders if operation == "dispatch" else blocks
         return ("both", blocks, senders, receivers), ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
 
-    def share(self, num_sms):
-        """(blocks, threads) of a kernel that may take so many multiprocessors: it fills each."""
-        return max(1, min(num_sms, self.multiprocessors)), 1024
+    def share(self, num_sms, registers=64):
+        """(blocks, threads) of a kernel that may take so many multiprocessors: it fills each, if a thread has so many registers."""
+        return max(1, min(num_sms, self.multiprocessors)), min(1024, REGISTERS // registers // 128 * 128)
+
+    def part_bytes(self, row_bytes):
+        """How much of a row a warp sends at a time: little enough that few warps have one turn more than others."""
+        return 64 * self.warp
+
+    def senders(self, blocks, threads):
+        """(blocks, warps of each) that send, where one launch sends and receives all the while."""
+        return min(blocks, FILLING), threads // 32 // 3
 
     def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
         """A compiled kernel.  overlap: its blocks may start before the kernel before it on the stream has ended; it then calls

@@ -4,18 +4,19 @@ What a rank received from a source lies in one piece, in the order of the source
 *staging* area on the source, in *chunks*, each followed by a flag.  The source sums a token's rows as soon as the chunks that hold
 them are there, so that sums hide behind the link.
 
-Chunks, since a flag must wait for the rows before it, and while it does, that thread's multiprocessor sends less: one for a row
-would halve the rate of the link.
+A warp sends a chunk by itself, and no warp waits for another: a flag must wait until the rows before it have arrived, and meanwhile
+the other warps go on.
 """
 from ..channels.memory import peer, release, wait_released
 from .intranode import (CHUNK, COMBINE_CHUNK, COMBINE_DONE, COMBINE_PLACE, MAX_CHUNKS, RANKS, ROW_BYTES, TOPK, WEIGHTED, enter,
                         finish, tell_place, wait_places)
-from .lang import (bits_of, block_rank, f32_of, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8_shared, ld16_if,
-                   ld16_nc, ld16_nc_if, num_blocks, num_threads, shared, st4, st4_shared, st16, sync_first_threads, syncwarp,
+from .lang import (bits_of, block_rank, f32_of, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8_shared, ld16,
+                   ld16_if, ld16_nc, ld16_nc_if, num_blocks, num_threads, shared, st4, st4_shared, st16, syncwarp,
                    thread_rank, to_bf16, udiv, warp_size, zeros)
 from .low_latency import add_entry, after, num_warps, warp_rank
 
-CHUNK_ROWS = 64                                 # of a chunk, or more if there are MAX_CHUNKS
+CHUNK_ROWS = 2                                  # of a chunk, or more if there are MAX_CHUNKS
+SENDING_BLOCKS = SENDING_WARPS = 1              # the first warps of the first blocks send, all others receive
 ONE = 0x3F800000                                # 1.0 as bits of fp32
 STAGED_ROWS, STAGED_WEIGHTS = 0, 1              # the sections of a staging area
 
@@ -61,42 +62,53 @@ def chunk_rows(rows):
     return least if least > CHUNK_ROWS else CHUNK_ROWS
 
 
-# ---- send: the first half of a block's warps -------------------------------------------------------------------------
+# ---- send: the first warps of the first blocks -----------------------------------------------------------------------
 
-def sending_threads():
-    """How many of a block's threads send: whole warps.  The other ones receive; a block of one warp does one after the other."""
-    return udiv(num_warps(), 2) * warp_size() if num_warps() > 1 else num_threads()
+def sending_warps():
+    """How many warps of a block send, if it does.  A block of no more warps than that then receives with all."""
+    return SENDING_WARPS if SENDING_WARPS < num_warps() else num_warps()
+
+
+def sends():
+    """Whether this warp sends."""
+    return block_rank() < SENDING_BLOCKS and warp_rank() < sending_warps()
 
 
 def copy(to, source, nbytes):
-    """The sending threads copy pieces of 16 bytes.  Four loads of a thread are under way at once."""
-    stride = 16 * sending_threads()
-    offset = 16 * thread_rank()
+    """One warp copies pieces of 16 bytes.  Eight loads of a lane are under way at once, but for the last few."""
+    step = 16 * warp_size()
+    offset = 16 * lane()
+    while offset + 7 * step < nbytes:
+        at = source + offset
+        value0, value1, value2, value3 = ld16_nc(at), ld16_nc(at + step), ld16_nc(at + 2 * step), ld16_nc(at + 3 * step)
+        at += 4 * step
+        value4, value5, value6, value7 = ld16_nc(at), ld16_nc(at + step), ld16_nc(at + 2 * step), ld16_nc(at + 3 * step)
+        at = to + offset
+        st16(at, value0)
+        st16(at + step, value1)
+        st16(at + 2 * step, value2)
+        st16(at + 3 * step, value3)
+        st16(at + 4 * step, value4)
+        st16(at + 5 * step, value5)
+        st16(at + 6 * step, value6)
+        st16(at + 7 * step, value7)
+        offset += 8 * step
     while offset < nbytes:
-        value0 = ld16_nc(source + offset)
-        value1 = ld16_nc_if(source + offset + stride, offset + stride < nbytes)
-        value2 = ld16_nc_if(source + offset + 2 * stride, offset + 2 * stride < nbytes)
-        value3 = ld16_nc_if(source + offset + 3 * stride, offset + 3 * stride < nbytes)
-        st16(to + offset, value0)
-        if offset + stride < nbytes:
-            st16(to + offset + stride, value1)
-        if offset + 2 * stride < nbytes:
-            st16(to + offset + 2 * stride, value2)
-        if offset + 3 * stride < nbytes:
-            st16(to + offset + 3 * stride, value3)
-        offset += 4 * stride
+        st16(to + offset, ld16_nc(source + offset))
+        offset += step
 
 
 def copy_words(to, source, nbytes):
-    """The sending threads copy words of 4 bytes."""
-    offset = 4 * thread_rank()
+    """One warp copies words of 4 bytes."""
+    offset = 4 * lane()
     while offset < nbytes:
         st4(to + offset, ld4_nc(source + offset))
-        offset += 4 * sending_threads()
+        offset += 4 * warp_size()
 
 
 def send_chunk(watch, me, source, chunk, x, topk_weights):
-    """The rows of a chunk back to the rank that they are from, then its flag; nothing if there are not so many chunks."""
+    """One warp sends the rows of a chunk back to the rank that they are from, then its flag; nothing if there are not so many
+    chunks."""
     base, _, epoch = watch
     rows = rows_of(source, me)
     first = chunk * chunk_rows(rows)
@@ -107,8 +119,8 @@ def send_chunk(watch, me, source, chunk, x, topk_weights):
         copy(ld8_shared(places) + staged * ROW_BYTES, x + row * ROW_BYTES, count * ROW_BYTES)
         if WEIGHTED:
             copy_words(ld8_shared(places + 8) + 4 * TOPK * staged, topk_weights + 4 * TOPK * row, count * 4 * TOPK)
-        sync_first_threads(sending_threads())
-        if thread_rank() == 0:
+        syncwarp()
+        if lane() == 0:
             release(peer(base, source) + CHUNK + 8 * (me * MAX_CHUNKS + chunk), epoch)
 
 
@@ -119,14 +131,14 @@ def send_chunks(watch, me, x, topk_weights):
         rows = rows_of(source, me)
         chunks = udiv(rows + chunk_rows(rows) - 1, chunk_rows(rows))
         most = chunks if source != me and chunks > most else most
-    unit = block_rank()
+    unit = block_rank() + SENDING_BLOCKS * warp_rank()
     while unit < most * (RANKS - 1):
         chunk = udiv(unit, RANKS - 1)
         send_chunk(watch, me, after(me, 1 + unit - chunk * (RANKS - 1)), chunk, x, topk_weights)
-        unit += num_blocks()
+        unit += SENDING_BLOCKS * sending_warps()
 
 
-# ---- receive: the other half -----------------------------------------------------------------------------------------
+# ---- receive: all other warps ----------------------------------------------------------------------------------------
 
 def list_rows(entries, watch, me, token, send_rows, x, topk_weights, staging, staged_weights):
     """One warp lists a token's rows in rank order, two words each: where it is, where its weights are.  It waits for the chunks
@@ -153,25 +165,29 @@ def list_rows(entries, watch, me, token, send_rows, x, topk_weights, staging, st
     return count
 
 
-def sum_listed(entries, count, offset, total):
-    """`total` and 16 bytes of each listed row, in order.  Four loads are under way at once."""
+def sum_listed(entries, count, offset, step, total0, total1):
+    """Two sums: `total0` and what each listed row has at `offset`, `total1` and what it has a step further on, in order.  Eight
+    loads of a lane are under way at once."""
+    more = offset + step < ROW_BYTES
     i = 0
     while i < count:
         entry = entries + 16 * i
-        row0, row1, row2, row3 = ld8_shared(entry), ld8_shared(entry + 16), ld8_shared(entry + 32), ld8_shared(entry + 48)
-        value0 = ld16_if(row0 + offset, 1)
-        value1 = ld16_if(row1 + offset, i + 1 < count)
-        value2 = ld16_if(row2 + offset, i + 2 < count)
-        value3 = ld16_if(row3 + offset, i + 3 < count)
-        total = fma8(value0, f32_of(ONE), total)
-        if i + 1 < count:
-            total = fma8(value1, f32_of(ONE), total)
-        if i + 2 < count:
-            total = fma8(value2, f32_of(ONE), total)
-        if i + 3 < count:
-            total = fma8(value3, f32_of(ONE), total)
+        row0, row1 = ld8_shared(entry) + offset, ld8_shared(entry + 16) + offset
+        row2, row3 = ld8_shared(entry + 32) + offset, ld8_shared(entry + 48) + offset
+        one, two, three = i + 1 < count, i + 2 < count, i + 3 < count
+        value00, value01 = ld16(row0), ld16_if(row0 + step, more)
+        value10, value11 = ld16_if(row1, one), ld16_if(row1 + step, one and more)
+        value20, value21 = ld16_if(row2, two), ld16_if(row2 + step, two and more)
+        value30, value31 = ld16_if(row3, three), ld16_if(row3 + step, three and more)
+        total0, total1 = fma8(value00, f32_of(ONE), total0), fma8(value01, f32_of(ONE), total1)
+        if one:
+            total0, total1 = fma8(value10, f32_of(ONE), total0), fma8(value11, f32_of(ONE), total1)
+        if two:
+            total0, total1 = fma8(value20, f32_of(ONE), total0), fma8(value21, f32_of(ONE), total1)
+        if three:
+            total0, total1 = fma8(value30, f32_of(ONE), total0), fma8(value31, f32_of(ONE), total1)
         i += 4
-    return total
+    return total0, total1
 
 
 def sum_weights(entries, count, token, out_weights):
@@ -185,29 +201,42 @@ def sum_weights(entries, count, token, out_weights):
         k += warp_size()
 
 
+def add_bias(bias, at, step, more, total0, total1):
+    """Two sums and 16 bytes of a bias each, if there is one."""
+    if bias != 0:
+        value0, value1 = ld16_nc(bias + at), ld16_nc_if(bias + at + step, more)
+        total0, total1 = fma8(value0, f32_of(ONE), total0), fma8(value1, f32_of(ONE), total1)
+    return total0, total1
+
+
+def sending_warps_before(block):
+    """How many warps of the blocks below `block` only send."""
+    warps = sending_warps() if sending_warps() < num_warps() else 0
+    return (block if block < SENDING_BLOCKS else SENDING_BLOCKS) * warps
+
+
 def sum_rows(watch, me, x, topk_weights, staging, staged_weights, send_rows, num_tokens, bias0, bias1, out, out_weights):
-    """out[t] = bf16(bias0 + bias1 + the token's rows, in rank order), in fp32; a warp a token, in order, as chunks arrive."""
-    one_warp = num_warps() == 1
-    warp = 0 if one_warp else warp_rank() - udiv(num_warps(), 2)
-    warps = 1 if one_warp else num_warps() - udiv(num_warps(), 2)
-    entries = prefixes() + ((4 * RANKS * RANKS + 15) & -16) + 16 * warp * ((RANKS + 3) & -4)
-    token = block_rank() + num_blocks() * warp
+    """out[t] = bf16(0 + bias0 + bias1 + the token's rows, in rank order), in fp32; a warp a token, in order, as chunks arrive."""
+    entries = prefixes() + ((4 * RANKS * RANKS + 15) & -16) + 16 * warp_rank() * ((RANKS + 3) & -4)
+    step = 16 * warp_size()
+    token = block_rank() * num_warps() + warp_rank() - sending_warps_before(block_rank() + 1)
     while token < num_tokens:
         count = list_rows(entries, watch, me, token, send_rows, x, topk_weights, staging, staged_weights)
         offset = 16 * lane()
         while offset < ROW_BYTES:
             at = token * ROW_BYTES + offset
-            total = zeros()
-            if bias0 != 0:
-                total = fma8(ld16_nc(bias0 + at), f32_of(ONE), total)
-            if bias1 != 0:
-                total = fma8(ld16_nc(bias1 + at), f32_of(ONE), total)
-            st16(out + at, to_bf16(sum_listed(entries, count, offset, total)))
-            offset += 16 * warp_size()
+            more = offset + step < ROW_BYTES
+            total0, total1 = add_bias(bias0, at, step, more, zeros(), zeros())
+            total0, total1 = add_bias(bias1, at, step, more, total0, total1)
+            total0, total1 = sum_listed(entries, count, offset, step, total0, total1)
+            st16(out + at, to_bf16(total0))
+            if more:
+                st16(out + at + step, to_bf16(total1))
+            offset += 2 * step
         if WEIGHTED:
             sum_weights(entries, count, token, out_weights)
         syncwarp()
-        token += num_blocks() * warps
+        token += num_blocks() * num_warps() - sending_warps_before(num_blocks())
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -223,8 +252,8 @@ def combine(base, me, timeout, x, topk_weights, rank_prefix, send_rows, num_toke
         tell_place(watch, me, STAGED_WEIGHTS, staged_weights)
     bring_prefixes(rank_prefix)
     if wait_places(watch, COMBINE_PLACE, 1 + WEIGHTED, shared()) != 0:
-        if thread_rank() < sending_threads():
+        if sends():
             send_chunks(watch, me, x, topk_weights)
-        if num_warps() == 1 or thread_rank() >= sending_threads():
+        if not sends() or sending_warps() == num_warps():
             sum_rows(watch, me, x, topk_weights, staging, staged_weights, send_rows, num_tokens, bias0, bias1, out, out_weights)
     finish(watch, COMBINE_DONE, me)

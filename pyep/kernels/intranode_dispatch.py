@@ -4,14 +4,16 @@ A token's row is loaded once and stored to every rank that it goes to, straight 
 of this operation, plus the rows of lower ranks, plus the number that the token has among this rank's (`send_rows`).
 """
 from ..channels.memory import report
-from .intranode import (BAD_SELECTION, DISPATCH_DONE, DISPATCH_PLACE, EXPERTS, LOCAL_EXPERTS, RANKS, ROW, ROW_BYTES,
-                        SCALES, SOURCE, TOPK, TOPK_IDX, TOPK_WEIGHTS, WEIGHTED, enter, finish, tell_place, wait_places)
-from .lang import (block_rank, lane, ld4_nc, ld4_nc_if, ld8_shared, ld16_nc, ld16_nc_if, num_blocks, num_threads, shared, st4, st8,
-                   st8_shared, st16, syncthreads, syncwarp, thread_rank, udiv, warp_size)
-from .low_latency import add_entry, after, expert_at, num_warps, warp_rank
+from .intranode import (BAD_SELECTION, DISPATCH_DONE, DISPATCH_PLACE, EXPERTS, INDEX_BYTES, LOCAL_EXPERTS, RANKS,
+                        ROW, ROW_BYTES, SCALES, SOURCE, TOPK, TOPK_IDX, TOPK_WEIGHTS, WEIGHTED, enter, finish, tell_place,
+                        wait_places)
+from .lang import (block_rank, lane, ld4_nc, ld4_nc_if, ld8_nc_if, ld8_shared, ld16_nc, ld16_nc_if, num_blocks, num_threads,
+                   shared, st4, st8, st8_shared, st16, syncthreads, syncwarp, thread_rank, udiv, warp_size)
+from .low_latency import add_entry, after, num_warps, warp_rank
 
 SCALE_BYTES = 0                                 # of a row's scales; 0 where none travel
 SOURCES = 1                                     # 1: the source token travels; 0: a cached dispatch, its receiver knows
+PART_BYTES = 16                                 # of a row that a warp takes at a time
 SECTIONS = 5                                    # kinds of data in a slab, see pyep.layout.Rows
 
 
@@ -86,33 +88,33 @@ def copy_four(entries, end, row, offset, step):
         entries += 16
 
 
-def copy_rest(entries, end, row, offset, step):
-    """The same of what is left of the row, if there is anything."""
-    value0, value1 = ld16_nc_if(row + offset, offset < ROW_BYTES), ld16_nc_if(row + offset + step, offset + step < ROW_BYTES)
-    value2 = ld16_nc_if(row + offset + 2 * step, offset + 2 * step < ROW_BYTES)
-    value3 = ld16_nc_if(row + offset + 3 * step, offset + 3 * step < ROW_BYTES)
+def copy_rest(entries, end, row, offset, step, last):
+    """The same of what is left up to `last`."""
+    value0, value1 = ld16_nc_if(row + offset, offset < last), ld16_nc_if(row + offset + step, offset + step < last)
+    value2 = ld16_nc_if(row + offset + 2 * step, offset + 2 * step < last)
+    value3 = ld16_nc_if(row + offset + 3 * step, offset + 3 * step < last)
     while entries < end:
         to = ld8_shared(entries) + offset
-        if offset < ROW_BYTES:
+        if offset < last:
             st16(to, value0)
-        if offset + step < ROW_BYTES:
+        if offset + step < last:
             st16(to + step, value1)
-        if offset + 2 * step < ROW_BYTES:
+        if offset + 2 * step < last:
             st16(to + 2 * step, value2)
-        if offset + 3 * step < ROW_BYTES:
+        if offset + 3 * step < last:
             st16(to + 3 * step, value3)
         entries += 16
 
 
-def send_row(entries, end, row):
-    """One warp copies a row to all listed addresses.  A *slice* is what it moves with one load of every lane."""
+def send_part(entries, end, row, first, last):
+    """One warp copies the bytes from `first` up to `last` of a row to all listed addresses.  A *slice* is what it moves with one
+    load of every lane."""
     step = 16 * warp_size()
-    done = 0
-    while done + 4 * step <= ROW_BYTES:
-        copy_four(entries, end, row, done + 16 * lane(), step)
-        done += 4 * step
-    if done < ROW_BYTES:
-        copy_rest(entries, end, row, done + 16 * lane(), step)
+    while first + 4 * step <= last:
+        copy_four(entries, end, row, first + 16 * lane(), step)
+        first += 4 * step
+    if first < last:
+        copy_rest(entries, end, row, first + 16 * lane(), step, last)
 
 
 def item(entry, section, nbytes):
@@ -121,15 +123,18 @@ def item(entry, section, nbytes):
     return ld8_shared(destination(word & 0xFFFFFFFF, section)) + (word >> 32) * nbytes
 
 
-def send_selections(entries, end, watch, me, token, topk_idx, topk_weights):
+def look_at_selection(topk_idx, topk_weights, token, k):
+    """The expert of a selection and the bits of its weight; zeros from TOPK on."""
+    at, exists = token * TOPK + k, k < TOPK
+    expert = ld8_nc_if(topk_idx + 8 * at, exists) if INDEX_BYTES == 8 else ld4_nc_if(topk_idx + 4 * at, exists)
+    return expert, ld4_nc_if(topk_weights + 4 * at, exists) if WEIGHTED else 0
+
+
+def send_selections(entries, end, watch, me, token, topk_idx, topk_weights, expert, weight):
     """A token's selections to every rank that it goes to, a lane a k: that rank's own number of the expert and its weight; -1 and 0
-    where it is another rank's."""
+    where it is another rank's.  expert, weight: of the lane's first one."""
     k = lane()
     while k < TOPK:
-        expert = expert_at(topk_idx, token * TOPK + k)
-        weight = 0
-        if WEIGHTED:
-            weight = ld4_nc(topk_weights + 4 * (token * TOPK + k))
         if expert < -1 or expert >= EXPERTS:
             report(watch, BAD_SELECTION, me, watch[0], token, expert)
         entry = entries
@@ -141,18 +146,19 @@ def send_selections(entries, end, watch, me, token, topk_idx, topk_weights):
                 st4(item(entry, TOPK_WEIGHTS, 4 * TOPK) + 4 * k, weight if here else 0)
             entry += 16
         k += warp_size()
+        expert, weight = look_at_selection(topk_idx, topk_weights, token, k)
 
 
-def send_scales(entries, end, scales):
-    """A token's scales to every rank that it goes to, a lane a scale."""
+def send_scales(entries, end, scales, scale):
+    """A token's scales to every rank that it goes to, a lane a scale; `scale`: the lane's first one."""
     offset = 4 * lane()
     while offset < SCALE_BYTES:
-        scale = ld4_nc(scales + offset)
         entry = entries
         while entry < end:
             st4(item(entry, SCALES, SCALE_BYTES) + offset, scale)
             entry += 16
         offset += 4 * warp_size()
+        scale = ld4_nc_if(scales + offset, offset < SCALE_BYTES)
 
 
 def send_source(entries, count, token):
@@ -164,22 +170,29 @@ def send_source(entries, count, token):
 
 
 def send_tokens(watch, me, x, scales, topk_idx, topk_weights, num_tokens, send_rows):
-    """A warp a token, all blocks side by side: they end together though tokens have more and less to send."""
+    """A warp takes a part of a token's row at a time, all blocks side by side: they end together though tokens have more and less
+    to send.  With the last part goes what is beside the row; it is loaded before the warp waits for anything."""
+    parts = udiv(ROW_BYTES + PART_BYTES - 1, PART_BYTES)
     entries = shared() + 8 * RANKS * SECTIONS + 16 * RANKS * warp_rank()
-    token = block_rank() + num_blocks() * warp_rank()
-    while token < num_tokens:
+    unit = block_rank() + num_blocks() * warp_rank()
+    while unit < num_tokens * parts:
+        token = udiv(unit, parts)
+        first = (unit - token * parts) * PART_BYTES
+        is_last = first + PART_BYTES >= ROW_BYTES
+        expert, weight = look_at_selection(topk_idx, topk_weights, token, lane() if is_last else TOPK)
+        scale_at = scales + token * SCALE_BYTES
+        scale = ld4_nc_if(scale_at + 4 * lane(), is_last and 4 * lane() < SCALE_BYTES)
         count = list_destinations(entries, me, token, num_tokens, send_rows)
         end = entries + 16 * count
         if count > 0:
-            send_row(entries, end, x + token * ROW_BYTES)
+            send_part(entries, end, x + token * ROW_BYTES, first, ROW_BYTES if is_last else first + PART_BYTES)
+        if is_last and count > 0:
             if SOURCES:
                 send_source(entries, count, token)
-            if SCALE_BYTES > 0:
-                send_scales(entries, end, scales + token * SCALE_BYTES)
-            if TOPK > 0:
-                send_selections(entries, end, watch, me, token, topk_idx, topk_weights)
+            send_scales(entries, end, scale_at, scale)
+            send_selections(entries, end, watch, me, token, topk_idx, topk_weights, expert, weight)
         syncwarp()
-        token += num_blocks() * num_warps()
+        unit += num_blocks() * num_warps()
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------

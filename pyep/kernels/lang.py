@@ -425,7 +425,7 @@ def previous_kernel_done():
 
 @op(i64, ptx=lambda b: ir.Constant(I64, 0), cpu=llvm.context("barriers"), pure=True)
 def _barriers():
-    """CPU only: counters of the block's barrier, of its warps' barriers and of that of its first threads, 64 bytes apart."""
+    """CPU only: counters of the block's barrier and of its warps' barriers, 64 bytes apart."""
 
 
 @op(i64, ptx=lambda b: ir.Constant(I64, 0), cpu=llvm.context("exchange"), pure=True)
@@ -445,12 +445,6 @@ def _meet(counter, n):
 def syncthreads():
     """The block meets; what its threads stored before is visible to all of them after."""
     _meet(_barriers(), num_threads())
-
-
-@op(void, (i64,), ptx="{ .reg .b32 n; cvt.u32.u64 n, $0; bar.sync 1, n; }", collective=True)
-def sync_first_threads(n):
-    """The first `n` threads of the block meet, as in `syncthreads`: whole warps, always the same ones; no others call."""
-    _meet(_barriers() + 64 * (1 + udiv(num_threads(), warp_size())), n)
 
 
 @op(i64, (i64,), ptx="{ .reg .pred p; setp.ne.s64 p, $1, 0; bar.red.or.pred p, 0, p; selp.b64 $0, 1, 0, p; }", collective=True)
