@@ -62,14 +62,20 @@ def lane():
 
 # ---- arithmetic that Python spells slowly ----------------------------------------------------------------------------
 
-@op(i64, (i64, i64), ptx=lambda b, x, y: b.udiv(x, y), cpu=lambda b, _, x, y: b.udiv(x, y), pure=True)
+def _in_32_bits(b, divide, x, y):
+    return b.zext(divide(b.trunc(x, I32), b.trunc(y, I32)), I64)
+
+
+@op(i64, (i64, i64), ptx=lambda b, x, y: _in_32_bits(b, b.udiv, x, y), cpu=lambda b, _, x, y: _in_32_bits(b, b.udiv, x, y),
+    pure=True)
 def udiv(x, y):
-    """x // y of non-negative integers, without Python's fix-ups for signs."""
+    """x // y of numbers from 0 to 2**32 - 1: by a constant that is one multiplication, where 64 bits would take six."""
 
 
-@op(i64, (i64, i64), ptx=lambda b, x, y: b.urem(x, y), cpu=lambda b, _, x, y: b.urem(x, y), pure=True)
+@op(i64, (i64, i64), ptx=lambda b, x, y: _in_32_bits(b, b.urem, x, y), cpu=lambda b, _, x, y: _in_32_bits(b, b.urem, x, y),
+    pure=True)
 def umod(x, y):
-    """x % y of non-negative integers."""
+    """x % y of numbers from 0 to 2**32 - 1."""
 
 
 @op(i64, (i64,), ptx="{ .reg .b32 t; popc.b64 t, $1; cvt.u64.u32 $0, t; }", cpu=llvm.intrinsic("llvm.ctpop.i64"), pure=True)
@@ -436,7 +442,7 @@ def _exchange():
 def _meet(counter, n):
     """`n` threads meet; the counter only grows, so it needs no reset."""
     if n > 1:
-        goal = (udiv(fetch_add8(counter, 1), n) + 1) * n
+        goal = (fetch_add8(counter, 1) // n + 1) * n
         while ld8_acquire(counter) < goal:
             pause(0)
 
