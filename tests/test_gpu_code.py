@@ -534,13 +534,14 @@ CPU_SHAPES = {
 
 @pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
 def test_llvm_finds_no_way_unreachable(shape):
-    """LLVM once took a loop for one that never runs, led astray by loads behind branches, see `pyep.kernels.llvm.load_if`."""
+    """LLVM once took a loop for one that never runs, led astray by loads behind branches, see `load_if` in `pyep.kernels.llvm`."""
     engine = OneThread()
     for which, launch in launches(engine, shape, 8).items():
         signature = numba.void(*[numba.int64] * len(inspect.signature(launch.fn).parameters))
         kernel = numba.njit(signature, nogil=True, error_model="numpy")(bind(launch.fn, engine.machine, **launch.constants))
         text, = kernel.inspect_llvm().values()
         assert "ret i32 0" in text and not re.search(r"^\s+unreachable$", text, re.M), which
+        assert re.search(r"^attributes #\d+ = {.* null_pointer_is_valid\b", text, re.M), which       # see `pointer` there
 
 
 # ---- the disk cache --------------------------------------------------------------------------------------------------

@@ -43,6 +43,12 @@ def context(field):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 def pointer(b, address, t=I64):
+    """An address as a pointer.
+
+    LLVM takes apart how an address was computed, and a part that may be 0 for a null pointer; since nobody may touch what that
+    points to, it then takes the part for never 0.  The attribute forbids that.  (llvmlite does not know it.)
+    """
+    set.add(b.function.attributes, "null_pointer_is_valid")
     return b.inttoptr(address, t.as_pointer())
 
 
