@@ -181,16 +181,13 @@ def expert_at(topk_idx, selection):
 
 
 def selects(topk_idx, index_bytes, token, rank):
-    """Whether a token selects an expert of `rank`; the whole warp asks."""
-    hits = 0
-    first = 0
-    while first < TOPK:
-        k = first + lane()
-        hit = 0
-        if k < TOPK:
-            at = topk_idx + index_bytes * (token * TOPK + k)
-            expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
-            hit = 1 if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank else 0
-        hits |= ballot(hit)
-        first += warp_size()
-    return hits != 0
+    """Whether a token selects an expert of a rank; each lane may ask for another rank.
+
+    Without branches, so that all loads are under way at once.
+    """
+    hit = 0
+    for k in range(TOPK):
+        at = topk_idx + index_bytes * (token * TOPK + k)
+        expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
+        hit |= expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank
+    return 1 if hit else 0

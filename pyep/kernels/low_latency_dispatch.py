@@ -5,12 +5,12 @@ rank must know to deliver it travels beside it, see `low_latency_announce`.  The
 wants it, or in the rank-major layout to the one place that it gets.
 """
 from ..channels.memory import peer, take4, take16
-from .lang import (lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_threads, present,
+from .lang import (ballot, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_threads, popc, present,
                    shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, to_e4m3,
-                   udiv, umod)
+                   udiv, umod, warp_size)
 from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, enter,
-                          num_warps, selects, warp_rank)
+                          lanes_before, num_warps, selects, warp_rank)
 from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, measure_waits, place_selections, place_token, read_counts,
                                    take_selections, take_token, tokens_of)
 from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, scale_of, span, team_size
@@ -29,14 +29,20 @@ def reads_own_x():
 
 def list_destinations(addresses, base, me, topk_idx, token):
     """One warp lists where a token goes, the next rank first: its slot (in a half) on every rank that owns an expert it selects.
-    Returns how many."""
+    Returns how many.  A lane for each rank, whose address it loads before it knows whether the token goes there."""
     count = 0
-    for i in range(RANKS - 1 if reads_own_x() else RANKS):
-        rank = after(me, i + 1)
-        if selects(topk_idx, INDEX_BYTES, token, rank):
-            if lane() == 0:
-                st8_shared(addresses + 8 * count, peer(base, rank) + ROWS + (me * MAX_TOKENS + token) * WIRE_BYTES)
-            count += 1
+    ranks = RANKS - 1 if reads_own_x() else RANKS
+    first = 0
+    while first < ranks:
+        i = first + lane()
+        rank = after(me, i + 1 if i < ranks else 0)
+        memory = peer(base, rank)
+        hit = selects(topk_idx, INDEX_BYTES, token, rank) if i < ranks else 0
+        hits = ballot(hit)
+        if hit != 0:
+            st8_shared(addresses + 8 * (count + lanes_before(hits)), memory + ROWS + (me * MAX_TOKENS + token) * WIRE_BYTES)
+        count += popc(hits)
+        first += warp_size()
     return count
 
 

@@ -6,7 +6,7 @@ weighted already, and the partials are the rows of y.
 """
 from ..channels.memory import peer, take16
 from .lang import (absence, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed_if, ld4_nc_if, ld8_nc, ld8_nc_if,
-                   ld8_shared, present, shared, st16, st16_relaxed, st8_shared, syncwarp, to_bf16, udiv, umod, warp_size, zeros)
+                   ld8_shared, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv, umod, warp_size, zeros)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, RANK_MAJOR, RANKS, RECEIVERS, ROW_BYTES,
                           SENDERS, TOPK, add_entry, after, begin, end_epoch, enter, first_unit, num_warps, selects,
                           slice_bytes, slice_offset, slices, tell_begun, warp_rank)
@@ -160,14 +160,14 @@ def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
 # ---- receive ---------------------------------------------------------------------------------------------------------
 
 def list_partials(entries, half_start, selected, token):
-    """One warp lists a token's partials in rank order, two words each: slot, rank.  Returns how many."""
+    """One warp lists a token's partials in rank order, two words each: slot, rank.  Returns how many.  A lane for each rank."""
     count = 0
-    for rank in range(RANKS):
-        if selects(selected, 8, token, rank):
-            if lane() == 0:
-                st8_shared(entries + 16 * count, half_start + (rank * MAX_TOKENS + token) * ROW_BYTES)
-                st8_shared(entries + 16 * count + 8, rank)
-            count += 1
+    first = 0
+    while first < RANKS:
+        rank = first + lane()
+        hit = selects(selected, 8, token, rank) != 0
+        count = add_entry(entries, count, hit, half_start + (rank * MAX_TOKENS + token) * ROW_BYTES, rank)
+        first += warp_size()
     syncwarp()
     return count
 
