@@ -236,7 +236,19 @@ def test_a_handle_serves_many_combines(n):
 
 def combine_masked(comm):
     """Selections masked between dispatch and combine add nothing, and leave nothing behind for the next operation."""
-    buf, me = shared_buffer(comm.size), comm.rank
+    mask_and_combine(shared_buffer(comm.size), comm)
+
+
+def combine_masked_fused(comm):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
+        patch.setenv("PYEP_CPU_SHAPE", "3,8,4")
+        with make_buffer(comm, 8, 64, 4 * comm.size, 3) as buf:
+            mask_and_combine(buf, comm)
+
+
+def mask_and_combine(buf, comm):
+    me = comm.rank
     case = Case(2, 8, 64, 4 * comm.size, 3, (8,) * comm.size)
     x, idx, w, y = case.make()
     for turn in range(4):
@@ -249,8 +261,9 @@ def combine_masked(comm):
         run_round(buf, case)
 
 
-def test_combine_with_masked_selections():
-    ranks.run(2, combine_masked)
+@pytest.mark.parametrize("combine", [combine_masked, pytest.param(combine_masked_fused, marks=cpu_only)])
+def test_combine_with_masked_selections(combine):
+    ranks.run(2, combine)
 
 
 def statistics(comm, shape, layout):

@@ -7,12 +7,13 @@ for: to have finished operation n is to know that every rank has begun it, hence
 Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive; they may overlap (one block plays both
 roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
 
-The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `low_latency_reduce` (rank-reduced).
+The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `low_latency_reduce` (rank-reduced); what the
+combines share is in `low_latency_units`.
 """
 from ..channels.memory import next_epoch, patience, peer, previous_epoch, tell, wait_count, wait_epoch
-from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, next_kernel_may_start,
-                   num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, st8_shared, syncthreads,
-                   syncthreads_or, thread_rank, udiv, umod, warp_size)
+from .lang import (add8, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, next_kernel_may_start,
+                   num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, syncthreads,
+                   syncthreads_or, thread_rank, udiv, warp_size)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
@@ -24,7 +25,7 @@ RANK_MAJOR = 0                                  # 1: rows are delivered once per
 WEIGHTED = 0                                    # 1: topk_weights travel with the tokens
 SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
 NEIGHBOURS = 1                                  # warps of a block that take slices next to each other: divides them
-PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp: see `slice_bytes`
+PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp in a combine
 EPOCH = CONSUMED = FAILED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
 PLACES = ROWS = 0                               # offsets in a half, see pyep.layout.LowLatency.dispatch
 
@@ -134,39 +135,6 @@ def warp_rank():
 def lanes_before(bits):
     """How many of the lanes below this one are in a ballot's result: where this lane's item goes if the warp packs its items."""
     return popc(bits & ((1 << lane()) - 1))
-
-
-def slice_bytes():
-    """What a warp moves of a row at a time.  Rows are cut into slices that go to warps of different blocks, so that all blocks
-    end together though tokens have more and less to send."""
-    return 16 * PER_LANE * warp_size()
-
-
-def slices(row_bytes):
-    """Slices of a row."""
-    return udiv(row_bytes + slice_bytes() - 1, slice_bytes())
-
-
-def first_unit(part, parts):
-    """A warp's first unit of work; its next one is `parts * num_warps()` on.  NEIGHBOURS warps of a block take slices next to each
-    other, the next ones those of the next block's: so all blocks have something to do, however few tokens there are."""
-    group = udiv(warp_rank(), NEIGHBOURS)
-    return (part + parts * group) * NEIGHBOURS + warp_rank() - group * NEIGHBOURS
-
-
-def slice_offset(unit):
-    """Where in a row of bf16 a lane's first 16 bytes are, for a unit of work whose last index is the slice."""
-    return umod(unit, slices(ROW_BYTES)) * slice_bytes() + 16 * lane()
-
-
-def add_entry(entries, count, hit, first, second):
-    """One warp lengthens a list in shared memory by two words for every lane that has a hit; `count` with these added."""
-    hits = ballot(1 if hit else 0)
-    if hit:
-        entry = entries + 16 * (count + lanes_before(hits))
-        st8_shared(entry, first)
-        st8_shared(entry + 8, second)
-    return count + popc(hits)
 
 
 def after(me, i):

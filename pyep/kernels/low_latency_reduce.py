@@ -5,51 +5,29 @@ not one per selection.  The token's rank adds these *partials* in rank order.  I
 weighted already, and the partials are the rows of y.
 """
 from ..channels.memory import peer, take16
-from .lang import (absence, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed_if, ld4_nc_if, ld8_nc, ld8_nc_if,
-                   ld8_shared, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv, umod, warp_size, zeros)
+from .lang import (absence, f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed_if, ld4_nc_if, ld8_nc, ld8_shared, present,
+                   shared, st16, st16_relaxed, syncwarp, to_bf16, udiv, warp_size, zeros)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, RANK_MAJOR, RANKS, RECEIVERS, ROW_BYTES,
-                          SENDERS, TOPK, add_entry, after, begin, end_epoch, enter, first_unit, num_warps, selects,
-                          slice_bytes, slice_offset, slices, tell_begun, warp_rank)
-from .low_latency_combine import wait_for_all
+                          SENDERS, TOPK, begin, end_epoch, enter, num_warps, selects, tell_begun, warp_rank)
+from .low_latency_units import (add_entry, first_unit, list_bytes, list_rows, reads_own_y, slice_bytes, slice_offset, slices,
+                                source_of, token_of, travels, units, wait_for_all)
 
 ONE = 0x3F800000                                # 1.0 as bits of fp32
 
 
-def reads_own_y():
-    """Whether the receivers take this rank's own partials from y: they can while the same launch sends."""
-    return SENDERS > 0 and RECEIVERS > 0
-
-
 def rows_bytes():
-    """Of a warp's list of rows in shared memory: two words each; looks may run past the last one."""
-    return 16 if RANK_MAJOR else 16 * ((TOPK + 3) & -4)
-
-
-def lists_bytes():
-    """Of all lists of a warp: rows, then partials."""
-    return rows_bytes() + 16 * ((RANKS + 3) & -4)
+    """Of a warp's list of rows; that of partials is behind it."""
+    return 16 if RANK_MAJOR else list_bytes(TOPK)
 
 
 # ---- partials --------------------------------------------------------------------------------------------------------
 
-def list_rows(rows, source, token, wanted, y, row_of, weight_of):
-    """One warp lists the rows of y that a token's partial is the sum of, in k order, two words each: address, weight.  Returns how
-    many; 0 unless wanted."""
-    count = 0
-    first = 0
-    while first < (1 if RANK_MAJOR else TOPK):
-        k = first + lane()
-        weight = ONE
-        if RANK_MAJOR:
-            row = ld8_nc_if(row_of + 8 * (source * MAX_TOKENS + token), k == 0)
-            hit = k == 0 and row >= 0 and wanted
-        else:
-            selection = (source * MAX_TOKENS + token) * TOPK + k
-            row = ld8_nc_if(row_of + 8 * selection, k < TOPK and token < MAX_TOKENS)
-            weight = ld4_nc_if(weight_of + 4 * selection, k < TOPK and token < MAX_TOKENS)
-            hit = k < TOPK and row >= 0 and wanted
-        count = add_entry(rows, count, hit, y + row * ROW_BYTES, weight)
-        first += warp_size()
+def list_own(rows, me, token, y, row_of, weight_of):
+    """One warp lists the rows that this rank's own partial of a token is the sum of; returns how many."""
+    if not RANK_MAJOR:
+        return list_rows(rows, me, token, 1, y, row_of, weight_of)
+    row = ld8_nc(row_of + 8 * (me * MAX_TOKENS + token))
+    count = add_entry(rows, 0, lane() == 0 and row >= 0, y + row * ROW_BYTES, ONE)
     syncwarp()
     return count
 
@@ -79,39 +57,10 @@ def partial(rows, count, offset):
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
-def others():
-    """How many ranks a rank sends partials to: itself last, if at all."""
-    return RANKS - 1 if reads_own_y() and RANKS > 1 else RANKS
-
-
-# A *unit* is a (token, source, slice), in the rank-major layout a (row, source, slice): a warp's work.
-
-
-def units():
-    """How many there are if every token has something to send."""
-    return MAX_TOKENS * others() * slices(ROW_BYTES)
-
-
-def source_of(unit, me):
-    """The rank that a unit goes to: where its token is from."""
-    return after(me, umod(udiv(unit, slices(ROW_BYTES)), others()) + 1)
-
-
-def token_of(unit):
-    """A unit's token, or its row among those of its source."""
-    return udiv(unit, slices(ROW_BYTES) * others())
-
-
-def travels(unit, me, sent):
-    """Whether a unit may have something to send."""
-    source = source_of(unit, me)
-    return unit < units() and token_of(unit) < ld8_nc(sent + 8 * source) and (source != me or not reads_own_y())
-
-
 def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent):
     """The partial of every token that has rows here, to slot [me][token] on the token's rank."""
     base, _, _ = watch
-    rows = shared() + warp_rank() * lists_bytes()
+    rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
     unit = first_unit(part, parts)
     count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, weight_of)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
@@ -211,12 +160,12 @@ def sum_partials(entries, count, rows, num_rows, watch, me, offset):
 def receive_partials(part, parts, watch, me, half, y, row_of, weight_of, selected, num_tokens, out):
     """out[t] = bf16(sum of the token's partials, in rank order), in fp32; a warp a slice."""
     base, _, _ = watch
-    rows = shared() + warp_rank() * lists_bytes()
+    rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
     entries = rows + rows_bytes()
     unit = first_unit(part, parts)
-    while unit < num_tokens * slices(ROW_BYTES):
-        token = udiv(unit, slices(ROW_BYTES))
-        num_rows = list_rows(rows, me, token, 1, y, row_of, weight_of) if reads_own_y() else 0
+    while unit < num_tokens * slices():
+        token = udiv(unit, slices())
+        num_rows = list_own(rows, me, token, y, row_of, weight_of) if reads_own_y() else 0
         count = list_partials(entries, base + half, selected, token)
         offset = slice_offset(unit)
         end = offset + slice_bytes()

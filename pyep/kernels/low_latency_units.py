@@ -1,0 +1,112 @@
+"""What all low-latency combines share: how their work is dealt out to warps, and the lists that warps make in shared memory.
+
+A warp works by itself.  What it does at a time is a *unit*, which ends in a slice of a row: in sending a (token, source, slice),
+that is, a slice of what goes back for one token (rank-major: one row) of one source; in receiving a (token, slice).
+"""
+from ..channels.memory import report
+from .lang import (ballot, lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, popc, st8_shared, syncwarp, thread_rank, udiv, umod,
+                   warp_size)
+from .low_latency import (COMBINE, COMBINE_BEGUN, MAX_TOKENS, NEIGHBOURS, OTHER_OPERATION, PER_LANE, RANKS, RECEIVERS, ROW_BYTES,
+                          SENDERS, TOPK, WEIGHTED, after, lanes_before, wait_begun, warp_rank)
+
+# ---- slices and units ------------------------------------------------------------------------------------------------
+
+
+def slice_bytes():
+    """What a warp moves of a row at a time.  Rows are cut into slices that go to warps of different blocks, so that all blocks
+    end together though tokens have more and less to send."""
+    return 16 * PER_LANE * warp_size()
+
+
+def slices():
+    """Slices of a row."""
+    return udiv(ROW_BYTES + slice_bytes() - 1, slice_bytes())
+
+
+def first_unit(part, parts):
+    """A warp's first unit of work; its next one is `parts * num_warps()` on.  NEIGHBOURS warps of a block take slices next to each
+    other, the next ones those of the next block's: so all blocks have something to do, however few tokens there are."""
+    return (part + parts * udiv(warp_rank(), NEIGHBOURS)) * NEIGHBOURS + umod(warp_rank(), NEIGHBOURS)
+
+
+def slice_offset(unit):
+    """Where in a row of bf16 a lane's first 16 bytes of a unit are."""
+    return umod(unit, slices()) * slice_bytes() + 16 * lane()
+
+
+def reads_own_y():
+    """Whether receivers take from y what this rank's experts made of its own tokens: they can while the same launch sends."""
+    return SENDERS > 0 and RECEIVERS > 0
+
+
+def others():
+    """How many ranks a rank sends to: itself last, if at all."""
+    return RANKS - 1 if reads_own_y() and RANKS > 1 else RANKS
+
+
+def units():
+    """In sending: how many there are if every token has something to send."""
+    return MAX_TOKENS * others() * slices()
+
+
+def source_of(unit, me):
+    """In sending: the rank that a unit goes to, where its token is from."""
+    return after(me, umod(udiv(unit, slices()), others()) + 1)
+
+
+def token_of(unit):
+    """In sending: a unit's token, in the rank-major layout its row among those of its source."""
+    return udiv(unit, slices() * others())
+
+
+def travels(unit, me, sent):
+    """In sending: whether a unit may have something to send."""
+    source = source_of(unit, me)
+    tokens = ld8_nc(sent + 8 * source)
+    return unit < units() and token_of(unit) < tokens and (source != me or not reads_own_y())
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+def list_bytes(most):
+    """Of a list in shared memory, two words for each of at most so many entries; looks may run past the last one."""
+    return 16 * ((most + 3) & -4)
+
+
+def add_entry(entries, count, hit, first, second):
+    """One warp lengthens a list in shared memory by two words for every lane that has a hit; `count` with these added."""
+    hits = ballot(1 if hit else 0)
+    if hit:
+        entry = entries + 16 * (count + lanes_before(hits))
+        st8_shared(entry, first)
+        st8_shared(entry + 8, second)
+    return count + popc(hits)
+
+
+def list_rows(rows, source, token, wanted, y, row_of, weight_of):
+    """One warp lists the rows of y that the experts here made of a token of `source`, in k order, two words each: address; weight,
+    or k if no weights came with the tokens.  Returns how many; 0 unless wanted."""
+    count = 0
+    first = 0
+    while first < TOPK:
+        k = first + lane()
+        selection = (source * MAX_TOKENS + token) * TOPK + k
+        exists = k < TOPK and token < MAX_TOKENS
+        row = ld8_nc_if(row_of + 8 * selection, exists)
+        second = ld4_nc_if(weight_of + 4 * selection, exists) if WEIGHTED else k
+        count = add_entry(rows, count, exists and row >= 0 and wanted, y + row * ROW_BYTES, second)
+        first += warp_size()
+    syncwarp()
+    return count
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+def wait_for_all(part, parts, watch, wait_stats):
+    """One warp makes sure that every rank has begun this operation, also those that have nothing for this rank."""
+    rank = num_threads() - 1 - thread_rank()                     # the last of all: it has the least to sum
+    while rank < RANKS and part == parts - 1:
+        begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats)
+        if begun != COMBINE:
+            report(watch, OTHER_OPERATION, rank, watch[0], COMBINE, begun)
+        rank += num_threads()
