@@ -90,7 +90,7 @@ def chunk(shape):
 
 def shared_bytes(operation, shape, warps, announcers):
     """Shared memory of a block: the most that any of its roles needs.  See the kernels for what is in it."""
-    word, ranks, topk = layout.WORD, layout.align(shape.num_ranks, 4), layout.align(shape.num_topk, 4)
+    word, ranks, topk = layout.WORD, layout.align(shape.num_ranks, 8), layout.align(shape.num_topk, 8)
     if operation == "dispatch":
         groups, local = (shape.num_ranks, 1) if shape.rank_major else (shape.num_experts, shape.local_experts)
         announce = layout.align(4 * chunk(shape) * shape.num_topk * (1 + shape.weighted), word) + word * -(-groups // announcers)
@@ -99,7 +99,7 @@ def shared_bytes(operation, shape, warps, announcers):
         return max(announce, send, receive)
     if not shape.reduced:
         return 2 * word * warps * topk
-    return 2 * word * warps * ((1 if shape.rank_major else topk) + ranks)
+    return 2 * word * warps * ((0 if shape.rank_major else topk) + ranks)
 
 
 def cuts(engine, shape, threads):

@@ -2,35 +2,31 @@
 
 An expert's rank sends the output for (token, k) to the token's rank, which sums them in k order.
 """
-from ..channels.memory import peer, take16
-from .lang import (f32_of, fma8, lane, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, ld4_nc_if, ld8_nc_if, ld8_shared,
-                   present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv, warp_size, zeros)
-from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS, RECEIVERS, ROW_BYTES,
-                          SENDERS, TOPK, begin, end_epoch, enter, num_warps, tell_begun, warp_rank)
-from .low_latency_units import (add_entry, first_unit, list_bytes, list_rows, reads_own_y, slice_bytes, slice_offset, slices,
-                                source_of, token_of, travels, units, wait_for_all)
-
-NOT_ADDED = -(1 << 63)                          # the sign bit: see list_outputs
+from ..channels.memory import peer
+from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
+                   warp_size)
+from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS, PER_LANE, RECEIVERS,
+                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, num_warps, tell_begun, warp_rank)
+from .low_latency_sums import NOT_ADDED, load_four, sum_listed
+from .low_latency_units import (add_entry, first_unit, list_bytes, list_rows, offset_of, reads_own_y, slices, source_of,
+                                token_of, travels, units, wait_for_all)
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
-def copy_listed(entries, count, outputs, offset):
-    """Copy 16 bytes of listed rows to a token's outputs.  Four loads are under way at once."""
-    i = 0
-    while i < count:
-        entry = entries + 16 * i
-        value0 = ld16_nc(ld8_shared(entry) + offset)
-        value1 = ld16_nc_if(ld8_shared(entry + 16) + offset, i + 1 < count)
-        value2 = ld16_nc_if(ld8_shared(entry + 32) + offset, i + 2 < count)
-        value3 = ld16_nc_if(ld8_shared(entry + 48) + offset, i + 3 < count)
+def copy_listed(rows, count, outputs, offset):
+    """Copy 16 bytes of listed rows to a token's outputs."""
+    entry, left = rows, count
+    while left > 0 and offset < ROW_BYTES:
+        value0, value1, value2, value3 = load_four(entry, offset, left)
         st16_relaxed(outputs + ld8_shared(entry + 8) * ROW_BYTES + offset, present(value0))
-        if i + 1 < count:
+        if left > 1:
             st16_relaxed(outputs + ld8_shared(entry + 24) * ROW_BYTES + offset, present(value1))
-        if i + 2 < count:
+        if left > 2:
             st16_relaxed(outputs + ld8_shared(entry + 40) * ROW_BYTES + offset, present(value2))
-        if i + 3 < count:
+        if left > 3:
             st16_relaxed(outputs + ld8_shared(entry + 56) * ROW_BYTES + offset, present(value3))
-        i += 4
+        entry += 64
+        left -= 4
 
 
 def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
@@ -44,11 +40,8 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
         outputs = peer(base, source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES
-        offset = slice_offset(unit)
-        end = offset + slice_bytes()
-        while offset < end and offset < ROW_BYTES:
-            copy_listed(rows, count, outputs, offset)
-            offset += 16 * warp_size()
+        for piece in range(PER_LANE):
+            copy_listed(rows, count, outputs, offset_of(unit, piece))
         syncwarp()
         unit += parts * num_warps()
         count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, 0)
@@ -80,37 +73,6 @@ def list_outputs(entries, half_start, me, y, topk_idx, topk_weights, selected, r
     return count
 
 
-def add_output(total, look, watch, me, entry, offset):
-    """Add one listed output to the sum, once it is there; `look`: what a first look at it has shown."""
-    word = ld8_shared(entry + 8)
-    source = (word & ~NOT_ADDED) >> 32
-    if not reads_own_y() or source != me:
-        look = take16(look, watch, COMBINE_OUTPUT, source, ld8_shared(entry) + offset)
-    return fma8(look, f32_of(word), total) if word >= 0 else total
-
-
-def sum_listed(entries, count, watch, me, offset):
-    """Sum 16 bytes of all listed outputs, in order.  Four first looks are under way at once: one after another, their trips to
-    memory would add up."""
-    total = zeros()
-    i = 0
-    while i < count:
-        entry = entries + 16 * i
-        look0 = ld16_relaxed(ld8_shared(entry) + offset)
-        look1 = ld16_relaxed_if(ld8_shared(entry + 16) + offset, i + 1 < count)
-        look2 = ld16_relaxed_if(ld8_shared(entry + 32) + offset, i + 2 < count)
-        look3 = ld16_relaxed_if(ld8_shared(entry + 48) + offset, i + 3 < count)
-        total = add_output(total, look0, watch, me, entry, offset)
-        if i + 1 < count:
-            total = add_output(total, look1, watch, me, entry + 16, offset)
-        if i + 2 < count:
-            total = add_output(total, look2, watch, me, entry + 32, offset)
-        if i + 3 < count:
-            total = add_output(total, look3, watch, me, entry + 48, offset)
-        i += 4
-    return total
-
-
 def sum_outputs(part, parts, watch, me, half, y, topk_idx, topk_weights, selected, row_of, num_tokens, out):
     """out[t] = bf16(sum over k, in order, of weight * output), in fp32 fma; a warp a slice."""
     base, _, _ = watch
@@ -119,11 +81,11 @@ def sum_outputs(part, parts, watch, me, half, y, topk_idx, topk_weights, selecte
     while unit < num_tokens * slices():
         token = udiv(unit, slices())
         count = list_outputs(entries, base + half, me, y, topk_idx, topk_weights, selected, row_of, token)
-        offset = slice_offset(unit)
-        end = offset + slice_bytes()
-        while offset < end and offset < ROW_BYTES:
-            st16(out + token * ROW_BYTES + offset, to_bf16(sum_listed(entries, count, watch, me, offset)))
-            offset += 16 * warp_size()
+        for piece in range(PER_LANE):
+            offset = offset_of(unit, piece)
+            if offset < ROW_BYTES:
+                total = sum_listed(entries, count, 0, 0, watch, COMBINE_OUTPUT, me, offset)
+                st16(out + token * ROW_BYTES + offset, to_bf16(total))
         syncwarp()
         unit += parts * num_warps()
 

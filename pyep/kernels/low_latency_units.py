@@ -29,9 +29,9 @@ def first_unit(part, parts):
     return (part + parts * udiv(warp_rank(), NEIGHBOURS)) * NEIGHBOURS + umod(warp_rank(), NEIGHBOURS)
 
 
-def slice_offset(unit):
-    """Where in a row of bf16 a lane's first 16 bytes of a unit are."""
-    return umod(unit, slices()) * slice_bytes() + 16 * lane()
+def offset_of(unit, piece):
+    """Where in a row of bf16 a lane's `piece`-th (of PER_LANE) 16 bytes of a unit are; the row may end before."""
+    return umod(unit, slices()) * slice_bytes() + 16 * (piece * warp_size() + lane())
 
 
 def reads_own_y():
@@ -69,8 +69,8 @@ def travels(unit, me, sent):
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 def list_bytes(most):
-    """Of a list in shared memory, two words for each of at most so many entries; looks may run past the last one."""
-    return 16 * ((most + 3) & -4)
+    """Of a list in shared memory, two words for each of at most so many entries; it is looked at eight entries at a time."""
+    return 16 * ((most + 7) & -8)
 
 
 def add_entry(entries, count, hit, first, second):
