@@ -9,7 +9,7 @@ from .lang import (lane, ld16_nc, ld16_nc_if, ld4_nc_if, ld8_nc, present, shared
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS, RECEIVERS,
                           ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, num_warps, selects, tell_begun, warp_rank)
-from .low_latency_sums import partial, reduces, sum_listed
+from .low_latency_sums import load_four, partial, reduces, sum_listed
 from .low_latency_units import (add_entry, first_unit, list_bytes, list_rows, offset_of, reads_own_y, slices, source_of,
                                 token_of, travels, units, wait_for_all)
 
@@ -37,7 +37,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES and count > 0:
-                st16_relaxed(slot + offset, present(partial(rows, count, offset)))
+                st16_relaxed(slot + offset, present(partial(load_four(rows, offset, count), rows, count, offset)))
         syncwarp()
         unit += parts * num_warps()
         count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, weight_of)

@@ -49,10 +49,10 @@ def add_rows(total, values, entry, left):
     return total
 
 
-def partial(rows, count, offset):
-    """16 bytes of the partial of listed rows: bf16(sum of weight * row), fp32 fma in order."""
-    total = zeros()
-    entry, left = rows, count
+def partial(values, rows, count, offset):
+    """16 bytes of the partial of listed rows: bf16(sum of weight * row), fp32 fma in order; `values`: of the first four."""
+    total = add_rows(zeros(), values, rows, count)
+    entry, left = rows + 64, count - 4
     while left > 0:
         total = add_rows(total, load_four(entry, offset, left), entry, left)
         entry += 64
@@ -130,7 +130,7 @@ def sum_listed(entries, count, rows, num_rows, watch, wait, me, offset):
     looks = look_at_four(entries, offset, count)
     own = absence()
     if reduces() and reads_own_y():
-        own = partial(rows, num_rows, offset)
+        own = partial(load_four(rows, offset, num_rows), rows, num_rows, offset)
     total = add_four(zeros(), looks, own, watch, wait, me, entries, offset, count)
     done = 4
     while done < most and done < count:
