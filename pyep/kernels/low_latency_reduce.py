@@ -54,22 +54,23 @@ def look_up_row(unit, me, y, src_info, sent):
 
 
 def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
-    """Rank-major: every row of y to slot [me][its token] on the token's rank."""
+    """Rank-major: every row of y to slot [me][its token] on the token's rank.  The next unit is looked up before one is stored."""
     base, _, _ = watch
     unit = first_unit(part, parts)
-    value, token, wanted = look_up_row(unit, me, y, src_info, sent)
+    next_value, next_token, next_wanted = look_up_row(unit, me, y, src_info, sent)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        row = y + (source_of(unit, me) * MAX_TOKENS + token_of(unit)) * ROW_BYTES
-        slot = peer(base, source_of(unit, me)) + half + (me * MAX_TOKENS + token) * ROW_BYTES
+        value, token, wanted, this = next_value, next_token, next_wanted, unit
+        unit += parts * num_warps()
+        next_value, next_token, next_wanted = look_up_row(unit, me, y, src_info, sent)
+        row = y + (source_of(this, me) * MAX_TOKENS + token_of(this)) * ROW_BYTES
+        slot = peer(base, source_of(this, me)) + half + (me * MAX_TOKENS + token) * ROW_BYTES
         for piece in range(PER_LANE):
-            offset = offset_of(unit, piece)
+            offset = offset_of(this, piece)
             if wanted and offset < ROW_BYTES:
                 st16_relaxed(slot + offset, present(ld16_nc(row + offset) if piece > 0 else value))
-        unit += parts * num_warps()
-        value, token, wanted = look_up_row(unit, me, y, src_info, sent)
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------
