@@ -3,7 +3,7 @@
 An entry is two words: the row's address, and the fp32 weight that it is summed with.  In the upper half of the second word a list
 of what *comes* (outputs or partials) has the rank that it comes from; its sign says that the row is taken, but not added.
 
-Four loads are under way at once: one after another, their trips to memory would add up.  All addresses are read before
+Four loads are under way at once, or eight: one after another, their trips to memory would add up.  All addresses are read before
 the first load, so that no load waits for shared memory.
 """
 from ..channels.memory import wait16
@@ -127,12 +127,16 @@ def sum_listed(entries, count, rows, num_rows, watch, wait, me, offset):
     """Sum 16 bytes of all rows in a list, in order.  While first looks at them are under way, this rank's own partial is made of
     its `rows` of y, if there are any."""
     most = RANKS if RANK_MAJOR or WEIGHTED else TOPK             # that can be listed
+    eight = most > 4 and not reduces()                           # registers for eight rows, of which four may be its own
     looks = look_at_four(entries, offset, count)
+    more = look_at_four(entries + 64, offset, count - 4) if eight else looks
     own = absence()
     if reduces() and reads_own_y():
         own = partial(load_four(rows, offset, num_rows), rows, num_rows, offset)
     total = add_four(zeros(), looks, own, watch, wait, me, entries, offset, count)
-    done = 4
+    if eight:
+        total = add_four(total, more, own, watch, wait, me, entries + 64, offset, count - 4)
+    done = 8 if eight else 4
     while done < most and done < count:
         looks = look_at_four(entries + 16 * done, offset, count - done)
         total = add_four(total, looks, own, watch, wait, me, entries + 16 * done, offset, count - done)
