@@ -7,7 +7,7 @@ from .lang import amax8, bits_of, div, f32_of, ld16_nc_if, shfl_xor, udiv, umod,
 from .low_latency import DATA_BYTES, POWERS_OF_2
 
 PIECES = 8                                      # in a block
-SMALLEST_AMAX, LARGEST_E4M3, ONE = 0x38D1B717, 0x43E00000, 0x3F800000           # 1e-4, 448 and 1 as bits of fp32
+SMALLEST_AMAX, LARGEST_E4M3, INFINITY = 0x38D1B717, 0x43E00000, 0x7F800000      # 1e-4, 448, infinity as bits of fp32
 
 
 def team_size():
@@ -53,11 +53,15 @@ def block_amax(row, offset, low, high):
 
 
 def scale_of(amax):
-    """Bits of the scale of a block."""
-    scale = bits_of(div(f32_of(amax), f32_of(LARGEST_E4M3)))
-    return (scale + 0x7FFFFF) & 0x7F800000 if POWERS_OF_2 else scale
+    """Bits of the scale of a block: amax / 448, or the smallest power of two that is not less."""
+    if POWERS_OF_2:
+        # 448 is 1.75 * 2**8: the power is amax's own by 2**8, twice that where amax's mantissa is above 1.75 (0x600000).
+        return ((amax + 0x1FFFFF) & 0x7F800000) - (8 << 23) if amax < INFINITY else INFINITY
+    return bits_of(div(f32_of(amax), f32_of(LARGEST_E4M3)))
 
 
 def factor_of(amax, scale):
-    """What values are multiplied by."""
-    return div(f32_of(ONE), f32_of(scale)) if POWERS_OF_2 else div(f32_of(LARGEST_E4M3), f32_of(amax))
+    """What values are multiplied by: 1 / scale, or 448 / amax."""
+    if POWERS_OF_2:
+        return f32_of(0x7F000000 - scale if scale < INFINITY else 0)             # the exponents of 2**n and 2**-n add up to 254
+    return div(f32_of(LARGEST_E4M3), f32_of(amax))
