@@ -4,12 +4,14 @@ Rows are numbered per *group*: an expert, or in the rank-major layout a rank.  O
 of its tokens that have any), the n-th in (token, k) order has *place* n; with the counts of the lower ranks before it, that is
 its row.  So the rows of a group are ordered by (source rank, source token, k) without sorting.
 """
-from ..channels.memory import peer, report, take_word, tell, wait_count
-from .lang import (add4, ballot, lane, ld4_nc, ld4_shared, ld8_relaxed_if, ld8_shared, num_threads, popc, shared, st4,
-                   st4_shared, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, warp_size)
+from ..channels.memory import patience, peer, report, take_word, tell, wait_count
+from .lang import (add4, ballot, lane, ld4_nc, ld4_shared, ld8_relaxed, ld8_relaxed_if, ld8_shared, num_threads, polls_per_look,
+                   popc, shared, st4, st4_shared, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod,
+                   warp_size)
 from .low_latency import (BAD_EXPERT, DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, EXPERTS, LOCAL_EXPERTS,
                           MAX_TOKENS, NO_ROOM, OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, after, begin,
                           count_slot, expert_at, lanes_before, num_warps, tell_begun, wait_begun, warp_rank)
+from .op import rare
 
 GROUPS = LOCAL_GROUPS = 0                       # all groups; those of a rank
 CHUNK = 0                                       # tokens whose selections are in shared memory at once
@@ -134,13 +136,17 @@ def announce(part, parts, watch, me, lag, half, topk_idx, topk_weights, num_toke
 
 # ---- receive ---------------------------------------------------------------------------------------------------------
 
-def tokens_of(watch, source, waited):
-    """How many tokens a source sends."""
-    tokens = wait_begun(watch, DISPATCH_COUNT, source, waited)
+def possible(watch, source, tokens):
+    """How many tokens a source sends, if it says so; 0 if it does not even dispatch."""
     if tokens > MAX_TOKENS:
         report(watch, OTHER_OPERATION, source, watch[0], 0, tokens)
         tokens = 0
     return tokens
+
+
+def tokens_of(watch, source, waited):
+    """How many tokens a source sends."""
+    return possible(watch, source, wait_begun(watch, DISPATCH_COUNT, source, waited))
 
 
 def measure_waits(part, watch, wait_stats):
@@ -151,9 +157,9 @@ def measure_waits(part, watch, wait_stats):
         source += num_threads()
 
 
-def read_counts(part, watch, recv_count, layout_range, sent, recv_stats):
-    """Shared memory from here on: tokens[source], then begin[source][expert], the first row of that source for that expert, or
-    in the rank-major layout, where every source has rows of its own, rows[source].  Returns the most tokens of a source."""
+def read_counts(part, watch, sent):
+    """Shared memory from here on: tokens[source], then count[source][expert], in the rank-major layout rows[source].  Returns the
+    most tokens of a source."""
     base, _, epoch = watch
     words = RANKS * (1 + LOCAL_GROUPS)
     word = num_threads() - 1 - thread_rank()                     # the last threads: the first ones take units meanwhile
@@ -169,6 +175,16 @@ def read_counts(part, watch, recv_count, layout_range, sent, recv_stats):
         st8_shared(shared() + 8 * word, count)
         word += num_threads()
     syncthreads()
+    most = 0
+    for source in range(RANKS):
+        tokens = ld8_shared(shared() + 8 * source)
+        most = tokens if tokens > most else most
+    return most
+
+
+def add_up_counts(part, recv_count, layout_range, sent, recv_stats):
+    """In shared memory, count[source][expert] becomes begin[source][expert], the first row of that source for that expert; in the
+    rank-major layout every source has rows of its own."""
     group = thread_rank()
     while group < LOCAL_GROUPS:
         begin_row = 0
@@ -190,12 +206,7 @@ def read_counts(part, watch, recv_count, layout_range, sent, recv_stats):
             if recv_stats != 0:
                 add4(recv_stats + 4 * group, begin_row)
         group += num_threads()
-    most = 0
-    for source in range(RANKS):
-        tokens = ld8_shared(shared() + 8 * source)
-        most = tokens if tokens > most else most
     syncthreads()
-    return most
 
 
 # A *unit* is a (source, token) pair.  One warp takes what was told about it, in two steps, since the counts may come later than
@@ -203,8 +214,31 @@ def read_counts(part, watch, recv_count, layout_range, sent, recv_stats):
 # each k), the place (rank-major).
 
 
-def take_selections(entries, watch, me, half, source, token, row_of, weight_of):
-    """Expert-major, first step: list the unit's selections of this rank's experts, as k << 48 | local expert << 32 | place."""
+def look_at_selection(base, half, source, token, k):
+    """Looks at the route and at the place of a selection."""
+    slot = base + half + 8 * ((source * MAX_TOKENS + token) * TOPK + k)
+    return ld8_relaxed_if(slot, k < TOPK), ld8_relaxed_if(slot + PLACES, k < TOPK)
+
+
+@rare
+def wait_for_tokens(watch, half, source, token):
+    """`tokens_of`, with looks at this lane's selection of a token, in the hope that there is one: as every poll is accompanied by
+    them, they show by and large what has come when the number of tokens has."""
+    base, _, epoch = watch
+    counter = count_slot(base, epoch, source)
+    told, deadline, polls, route, place = 0, 0, 0, 0, 0
+    while (told >> 32) & 0xFFFFFFFF != epoch and deadline >= 0:
+        polls += 1
+        if umod(polls, polls_per_look()) == 0:
+            deadline = patience(deadline, watch, DISPATCH_COUNT, source, counter, epoch, told)
+        told = ld8_relaxed(counter)
+        route, place = look_at_selection(base, half, source, token, lane())
+    return possible(watch, source, told & 0xFFFFFFFF if deadline >= 0 else 0), route, place
+
+
+def take_selections(entries, watch, me, half, source, token, route, place, row_of, weight_of):
+    """Expert-major, first step: list the unit's selections of this rank's experts, as k << 48 | local expert << 32 | place.
+    route, place: what looks at this lane's first selection have shown."""
     base, _, _ = watch
     count = 0
     first = 0
@@ -212,8 +246,8 @@ def take_selections(entries, watch, me, half, source, token, row_of, weight_of):
         k = first + lane()
         selection = (source * MAX_TOKENS + token) * TOPK + k
         route_at = base + half + 8 * selection
-        route = ld8_relaxed_if(route_at, k < TOPK)
-        place = ld8_relaxed_if(route_at + PLACES, k < TOPK)
+        if first > 0:
+            route, place = look_at_selection(base, half, source, token, k)
         expert = -1
         if k < TOPK:
             route = take_word(route, watch, DISPATCH_ROUTE, source, route_at)
@@ -249,17 +283,20 @@ def place_selections(entries, count, watch, source, token, src_info, row_of):
         i += warp_size()
 
 
-def take_token(entries, watch, me, half, source, token, row_of, recv_stats):
-    """Rank-major, first step: keep the unit's selections as weight << 32 | local expert, and its place; 1 if it has a row here."""
+def take_token(entries, watch, me, half, source, token, route, place, row_of, recv_stats):
+    """Rank-major, first step: keep the unit's selections as weight << 32 | local expert, and its place; 1 if it has a row here.
+    route, place: what looks at this lane's first selection have shown."""
     base, _, _ = watch
     hits = 0
     first = 0
     while first < TOPK:
         k = first + lane()
+        if first > 0:
+            route, _ = look_at_selection(base, half, source, token, k)
         expert = -1
         if k < TOPK:
             route_at = base + half + 8 * ((source * MAX_TOKENS + token) * TOPK + k)
-            route = take_word(ld8_relaxed_if(route_at, 1), watch, DISPATCH_ROUTE, source, route_at)
+            route = take_word(route, watch, DISPATCH_ROUTE, source, route_at)
             expert = (route & 0xFFFFFFFF) - 1 - me * LOCAL_EXPERTS
             if expert >= 0 and expert < LOCAL_EXPERTS:
                 st8_shared(entries + 8 * k, (route & ~0xFFFFFFFF) | expert)
@@ -275,7 +312,7 @@ def take_token(entries, watch, me, half, source, token, row_of, recv_stats):
             st8(row_of + 8 * (source * MAX_TOKENS + token), -1)
         else:
             place_at = base + half + PLACES + 8 * (source * MAX_TOKENS + token) * TOPK
-            place = take_word(ld8_relaxed_if(place_at, 1), watch, DISPATCH_PLACE, source, place_at)
+            place = take_word(place, watch, DISPATCH_PLACE, source, place_at)
             st8_shared(entries + 8 * TOPK, place)
     return 1 if hits != 0 else 0
 

@@ -11,8 +11,8 @@ from .lang import (ballot, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_re
 from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, enter,
                           lanes_before, num_warps, selects, warp_rank)
-from .low_latency_announce import (LOCAL_GROUPS, announce, clear_tails, measure_waits, place_selections, place_token, read_counts,
-                                   take_selections, take_token, tokens_of)
+from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
+                                   read_counts, take_selections, take_token, wait_for_tokens)
 from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, scale_of, span, team_size
 
 CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
@@ -219,21 +219,24 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
         listed = unit + warp * parts
         token, source = udiv(listed, RANKS), source_of(listed, me)
         count = 0
-        if listed < units and token < tokens_of(watch, source, 0):
-            if RANK_MAJOR:
-                count = take_token(entries, watch, me, half, source, token, row_of, recv_stats)
-            else:
-                count = take_selections(entries, watch, me, half, source, token, row_of, weight_of)
+        if listed < units:
+            tokens, route, place = wait_for_tokens(watch, half, source, token)
+            if token < tokens and RANK_MAJOR:
+                count = take_token(entries, watch, me, half, source, token, route, place, row_of, recv_stats)
+            elif token < tokens:
+                count = take_selections(entries, watch, me, half, source, token, route, place, row_of, weight_of)
         if unit == part:
-            units = read_counts(part, watch, recv_count, layout_range, sent, recv_stats) * RANKS
-            if RANK_MAJOR:
-                clear_tails(part, parts, recv_topk_idx, weight_of)
+            units = read_counts(part, watch, sent) * RANKS
         slot, done = lists, 0
         row, offset = row_slot(watch, me, half, x, unit), 16 * thread_rank()
         # A first look before it is known whether the row comes here: what does has come about when the counts have.
         exists = unit < units and udiv(unit, RANKS) < ld8_shared(shared() + 8 * source_of(unit, me))
         look = ld16_relaxed_if(row + offset, exists and offset < DATA_BYTES)
         scale_look = ld4_relaxed_if(row + scale_offset(offset), exists and has_scale(offset))
+        if unit == part:
+            add_up_counts(part, recv_count, layout_range, sent, recv_stats)
+            if RANK_MAJOR:
+                clear_tails(part, parts, recv_topk_idx, weight_of)
         if lane() == 0:
             st8_shared(entries - 8, count)
         syncwarp()
