@@ -10,6 +10,7 @@ from typing import NamedTuple
 from . import layout
 from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutError
 from .kernels import intranode as kernels
+from .kernels.basics import list_bytes
 from .kernels.intranode_combine import combine
 from .kernels.intranode_dispatch import SECTIONS, dispatch
 from .kernels.intranode_layout import layout as count_layout
@@ -97,7 +98,7 @@ class Kernels:
         travels = dict(TOPK=shape.num_topk, WEIGHTED=int(shape.weighted), INDEX_BYTES=index_bytes) if shape.num_topk else {}
         moved = dict(experts if shape.num_topk else {}, ROW_BYTES=rows.row, SCALE_BYTES=rows.scales, SOURCES=int(rows.source > 0),
                      OPERATION=shape.fingerprint, PART_BYTES=self._engine.part_bytes(rows.row), **travels)
-        jobs = {"dispatch": (dispatch, blocks, threads, 8 * ranks * SECTIONS + 16 * ranks * warps, moved)}
+        jobs = {"dispatch": (dispatch, blocks, threads, 8 * ranks * SECTIONS + list_bytes(ranks) * warps, moved)}
         if shape.counts != "cached":
             staged = max(1, min(local, STAGED_COUNTS // ranks))
             shared_bytes = 4 * max(warps, ranks * (1 + ranks), ranks * staged)
@@ -110,7 +111,7 @@ class Kernels:
         blocks, threads = self._engine.share(num_sms, COMBINE_REGISTERS)
         sending_blocks, sending_warps = self._engine.senders(blocks, threads)
         warps, ranks = threads // self._engine.warp, shape.num_ranks
-        shared_bytes = 8 * ranks * (1 + shape.weighted) + layout.align(4 * ranks * ranks, 16) + 16 * warps * layout.align(ranks, 4)
+        shared_bytes = 8 * ranks * (1 + shape.weighted) + layout.align(4 * ranks * ranks, 16) + list_bytes(ranks) * warps
         return {"combine": (combine, blocks, threads, shared_bytes, dict(
             ROW_BYTES=shape.rows.row, TOPK=shape.num_topk, WEIGHTED=int(shape.weighted), OPERATION=shape.fingerprint,
             SENDING_BLOCKS=sending_blocks, SENDING_WARPS=sending_warps))}

@@ -10,9 +10,9 @@ peer is done with it: what it tells in the next one overwrites nothing that is s
 The kernels are in `intranode_layout`, `intranode_notify`, `intranode_dispatch` and `intranode_combine`.
 """
 from ..channels.memory import next_epoch, peer, release, report, tell, wait_count, wait_released
+from .basics import start
 from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, num_blocks, num_threads, st8, st8_shared, syncthreads,
                    syncthreads_or, thread_rank, udiv)
-from .low_latency import start
 
 # Template parameters, compiled in by `bind`.
 RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0      # TOPK: 0 where no top-k indices travel

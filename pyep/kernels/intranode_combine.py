@@ -8,12 +8,12 @@ A warp sends a chunk by itself, and no warp waits for another: a flag must wait 
 the other warps go on.
 """
 from ..channels.memory import peer, release, wait_released
+from .basics import add_entry, after, list_bytes, num_warps, warp_rank
 from .intranode import (CHUNK, COMBINE_CHUNK, COMBINE_DONE, COMBINE_PLACE, MAX_CHUNKS, RANKS, ROW_BYTES, TOPK, WEIGHTED, enter,
                         finish, tell_place, wait_places)
 from .lang import (bits_of, block_rank, f32_of, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8_shared, ld16,
                    ld16_if, ld16_nc, ld16_nc_if, num_blocks, num_threads, shared, st4, st4_shared, st16, syncwarp,
                    thread_rank, to_bf16, udiv, warp_size, zeros)
-from .low_latency import add_entry, after, num_warps, warp_rank
 
 CHUNK_ROWS = 2                                  # of a chunk, or more if there are MAX_CHUNKS
 SENDING_BLOCKS = SENDING_WARPS = 1              # the first warps of the first blocks send, all others receive
@@ -217,7 +217,7 @@ def sending_warps_before(block):
 
 def sum_rows(watch, me, x, topk_weights, staging, staged_weights, send_rows, num_tokens, bias0, bias1, out, out_weights):
     """out[t] = bf16(0 + bias0 + bias1 + the token's rows, in rank order), in fp32; a warp a token, in order, as chunks arrive."""
-    entries = prefixes() + ((4 * RANKS * RANKS + 15) & -16) + 16 * warp_rank() * ((RANKS + 3) & -4)
+    entries = prefixes() + ((4 * RANKS * RANKS + 15) & -16) + list_bytes(RANKS) * warp_rank()
     step = 16 * warp_size()
     token = block_rank() * num_warps() + warp_rank() - sending_warps_before(block_rank() + 1)
     while token < num_tokens:

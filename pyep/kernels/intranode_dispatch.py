@@ -4,12 +4,12 @@ A token's row is loaded once and stored to every rank that it goes to, straight 
 of this operation, plus the rows of lower ranks, plus the number that the token has among this rank's (`send_rows`).
 """
 from ..channels.memory import report
+from .basics import add_entry, after, list_bytes, num_warps, warp_rank
 from .intranode import (BAD_SELECTION, DISPATCH_DONE, DISPATCH_PLACE, EXPERTS, INDEX_BYTES, LOCAL_EXPERTS, RANKS,
                         ROW, ROW_BYTES, SCALES, SOURCE, TOPK, TOPK_IDX, TOPK_WEIGHTS, WEIGHTED, enter, finish, tell_place,
                         wait_places)
 from .lang import (block_rank, lane, ld4_nc, ld4_nc_if, ld8_nc_if, ld8_shared, ld16_nc, ld16_nc_if, num_blocks, num_threads,
                    shared, st4, st8, st8_shared, st16, syncthreads, syncwarp, thread_rank, udiv, warp_size)
-from .low_latency import add_entry, after, num_warps, warp_rank
 
 SCALE_BYTES = 0                                 # of a row's scales; 0 where none travel
 SOURCES = 1                                     # 1: the source token travels; 0: a cached dispatch, its receiver knows
@@ -173,7 +173,7 @@ def send_tokens(watch, me, x, scales, topk_idx, topk_weights, num_tokens, send_r
     """A warp takes a part of a token's row at a time, all blocks side by side: they end together though tokens have more and less
     to send.  With the last part goes what is beside the row; it is loaded before the warp waits for anything."""
     parts = udiv(ROW_BYTES + PART_BYTES - 1, PART_BYTES)
-    entries = shared() + 8 * RANKS * SECTIONS + 16 * RANKS * warp_rank()
+    entries = shared() + 8 * RANKS * SECTIONS + list_bytes(RANKS) * warp_rank()
     unit = block_rank() + num_blocks() * warp_rank()
     while unit < num_tokens * parts:
         token = udiv(unit, parts)

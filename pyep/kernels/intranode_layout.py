@@ -4,10 +4,10 @@ Each block counts its own tokens in shared memory and leaves the counts for the 
 nothing must be cleared before, and there is one launch.
 """
 from ..channels.memory import report
+from .basics import expert_at, start
 from .intranode import BAD_SELECTION, EXPERTS, LOCAL_EXPERTS, RANKS, TOPK, is_last_block
 from .lang import (add4_shared, block_rank, ld4_relaxed_if, ld4_shared, num_blocks, num_threads, shared, st1, st4, st4_shared,
                    syncthreads, thread_rank, udiv)
-from .low_latency import expert_at, start
 
 
 def groups():

@@ -5,11 +5,11 @@ Nobody sends more than a few words, and nobody waits twice: each rank computes t
 some rank has too little room, so all come to the same conclusion.  Meanwhile other blocks number this rank's tokens.
 """
 from ..channels.memory import peer, report, tell, wait_count
+from .basics import lanes_before, warp_rank
 from .intranode import (EXPERTS, FAILED, HT_COUNTS, HT_COUNTS_STRIDE, LOCAL_EXPERTS, NOTIFY_COUNT, OTHER_LAYOUT, RANKS,
                         TOO_MANY_ROWS, enter, leave)
 from .lang import (ballot, block_rank, lane, ld1_nc_if, ld4_nc, ld4_shared, ld8_relaxed, num_blocks, num_threads, popc, shared,
                    shfl_xor, st4, st4_shared, st8, st8_release, syncthreads, syncthreads_or, thread_rank, udiv, warp_size)
-from .low_latency import lanes_before, warp_rank
 
 STAGED = 0                                      # local experts whose counts are in shared memory at once
 WORST = 0                                       # 1: nobody on the host waits for counts; a rank has room or it is an error

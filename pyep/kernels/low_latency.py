@@ -11,9 +11,9 @@ The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `l
 combines share is in `low_latency_units`.
 """
 from ..channels.memory import next_epoch, patience, peer, previous_epoch, tell, wait_count, wait_epoch
-from .lang import (add8, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_nc, ld8_relaxed, next_kernel_may_start,
-                   num_blocks, num_threads, popc, previous_kernel_done, st8, st8_release, syncthreads,
-                   syncthreads_or, thread_rank, udiv, warp_size)
+from .basics import start
+from .lang import (add8, block_rank, clock_ns, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, st8, st8_release,
+                   syncthreads, syncthreads_or, thread_rank, udiv)
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
@@ -34,13 +34,6 @@ COMBINE = 1 << 31                               # in the word that tells that an
 # What a wait waits for; pyep.low_latency puts them in words.
 (DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
  COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION) = range(1, 13)
-
-
-def start():
-    """The first thing in a kernel.  Its blocks may start while the kernel before it on the stream ends; the next one's while it
-    ends itself: that hides what a launch costs."""
-    previous_kernel_done()
-    next_kernel_may_start()
 
 
 def this_epoch(base, lag):
@@ -120,32 +113,6 @@ def wait_begun(watch, wait, source, waited):
         told = ld8_relaxed(counter)
     add8(waited + 8 * source, now - since)
     return told & 0xFFFFFFFF if deadline >= 0 else 0
-
-
-def num_warps():
-    """Warps in a block."""
-    return udiv(num_threads(), warp_size())
-
-
-def warp_rank():
-    """This thread's warp in its block."""
-    return udiv(thread_rank(), warp_size())
-
-
-def lanes_before(bits):
-    """How many of the lanes below this one are in a ballot's result: where this lane's item goes if the warp packs its items."""
-    return popc(bits & ((1 << lane()) - 1))
-
-
-def after(me, i):
-    """The i-th rank after `me`: all ranks start their rounds at different peers."""
-    rank = me + i
-    return rank - RANKS if rank >= RANKS else rank
-
-
-def expert_at(topk_idx, selection):
-    """The expert that a selection names; negative where it selects nothing."""
-    return ld8_nc(topk_idx + 8 * selection) if INDEX_BYTES == 8 else ld4_nc(topk_idx + 4 * selection)
 
 
 def selects(topk_idx, index_bytes, token, rank):

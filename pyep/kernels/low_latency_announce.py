@@ -5,12 +5,13 @@ of its tokens that have any), the n-th in (token, k) order has *place* n; with t
 its row.  So the rows of a group are ordered by (source rank, source token, k) without sorting.
 """
 from ..channels.memory import patience, peer, report, take_word, tell, wait_count
+from .basics import after, expert_at, lanes_before, num_warps, warp_rank
 from .lang import (add4, ballot, lane, ld4_nc, ld4_shared, ld8_relaxed, ld8_relaxed_if, ld8_shared, num_threads, polls_per_look,
                    popc, shared, st4, st4_shared, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod,
                    warp_size)
 from .low_latency import (BAD_EXPERT, DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, EXPERTS, LOCAL_EXPERTS,
-                          MAX_TOKENS, NO_ROOM, OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, after, begin,
-                          count_slot, expert_at, lanes_before, num_warps, tell_begun, wait_begun, warp_rank)
+                          MAX_TOKENS, NO_ROOM, OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, begin, count_slot,
+                          tell_begun, wait_begun)
 from .op import rare
 
 GROUPS = LOCAL_GROUPS = 0                       # all groups; those of a rank

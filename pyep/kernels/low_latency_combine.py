@@ -3,13 +3,14 @@
 An expert's rank sends the output for (token, k) to the token's rank, which sums them in k order.
 """
 from ..channels.memory import peer
+from .basics import add_entry, list_bytes, num_warps, warp_rank
 from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS, PER_LANE, RECEIVERS,
-                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, num_warps, tell_begun, warp_rank)
+                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
 from .low_latency_sums import NOT_ADDED, load_four, sum_listed
-from .low_latency_units import (add_entry, first_unit, list_bytes, list_rows, offset_of, reads_own_y, slices, source_of,
-                                token_of, travels, units, wait_for_all)
+from .low_latency_units import (first_unit, list_rows, offset_of, reads_own_y, slices, source_of, token_of, travels, units,
+                                wait_for_all)
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ rank must know to deliver it travels beside it, see `low_latency_announce`.  The
 wants it, or in the rank-major layout to the one place that it gets.
 """
 from ..channels.memory import peer, take4, take16
+from .basics import after, lanes_before, num_warps, warp_rank
 from .lang import (ballot, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_threads, popc, present,
                    shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, to_e4m3,
                    udiv, umod, warp_size)
-from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS,
-                          RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, after, begin, end_epoch, enter,
-                          lanes_before, num_warps, selects, warp_rank)
+from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS, RECEIVERS,
+                          ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, begin, end_epoch, enter, selects)
 from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
                                    read_counts, take_selections, take_token, wait_for_tokens)
 from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, scale_of, span, team_size

@@ -5,13 +5,14 @@ not one per selection.  The token's rank adds these *partials* in rank order.  I
 weighted already, and the partials are the rows of y.
 """
 from ..channels.memory import peer
+from .basics import add_entry, list_bytes, num_warps, warp_rank
 from .lang import (lane, ld16_nc, ld16_nc_if, ld4_nc_if, ld8_nc, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS, RECEIVERS,
-                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, num_warps, selects, tell_begun, warp_rank)
+                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
 from .low_latency_sums import load_four, partial, reduces, sum_listed
-from .low_latency_units import (add_entry, first_unit, list_bytes, list_rows, offset_of, reads_own_y, slices, source_of,
-                                token_of, travels, units, wait_for_all)
+from .low_latency_units import (first_unit, list_rows, offset_of, reads_own_y, slices, source_of, token_of, travels, units,
+                                wait_for_all)
 
 ONE = 0x3F800000                                # 1.0 as bits of fp32
 

@@ -4,10 +4,11 @@ A warp works by itself.  What it does at a time is a *unit*, which ends in a sli
 that is, a slice of what goes back for one token (rank-major: one row) of one source; in receiving a (token, slice).
 """
 from ..channels.memory import report
-from .lang import (ballot, lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, popc, st8_shared, syncwarp, thread_rank, udiv, umod,
+from .basics import add_entry, after, warp_rank
+from .lang import (lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, syncwarp, thread_rank, udiv, umod,
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_BEGUN, MAX_TOKENS, NEIGHBOURS, OTHER_OPERATION, PER_LANE, RANKS, RECEIVERS, ROW_BYTES,
-                          SENDERS, TOPK, WEIGHTED, after, lanes_before, wait_begun, warp_rank)
+                          SENDERS, TOPK, WEIGHTED, wait_begun)
 
 # ---- slices and units ------------------------------------------------------------------------------------------------
 
@@ -67,21 +68,6 @@ def travels(unit, me, sent):
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
-
-def list_bytes(most):
-    """Of a list in shared memory, two words for each of at most so many entries; it is looked at eight entries at a time."""
-    return 16 * ((most + 7) & -8)
-
-
-def add_entry(entries, count, hit, first, second):
-    """One warp lengthens a list in shared memory by two words for every lane that has a hit; `count` with these added."""
-    hits = ballot(1 if hit else 0)
-    if hit:
-        entry = entries + 16 * (count + lanes_before(hits))
-        st8_shared(entry, first)
-        st8_shared(entry + 8, second)
-    return count + popc(hits)
-
 
 def list_rows(rows, source, token, wanted, y, row_of, weight_of):
     """One warp lists the rows of y that the experts here made of a token of `source`, in k order, two words each: address; weight,
