@@ -21,11 +21,12 @@ def made(seed, n, **fields):
 
 
 def captured(buf, stream, arrays, async_finish=False):
-    """A graph of layout, dispatch with rows for the worst, cached dispatch and combine, and what these return."""
+    """A graph of layout, dispatch with rows for the worst, cached dispatch and combine, and what these return; the layout too, since
+    CuPy would lend its memory to others while the graph still writes there."""
     n, options = buf.group_size, dict(async_finish=async_finish)
     idx, weights, x, y, y_weights, bias = arrays
     stream.begin_capture()
-    per_rank, per_node, per_expert, in_rank, event = buf.get_dispatch_layout(idx, LOCAL * n, **options)
+    layout = per_rank, per_node, per_expert, in_rank, event = buf.get_dispatch_layout(idx, LOCAL * n, **options)
     event.current_stream_wait()
     got = buf.dispatch(x, None, per_rank, per_node, in_rank, per_expert, idx, weights, num_worst_tokens=WORST * n, **options)
     got[5].current_stream_wait()
@@ -33,7 +34,7 @@ def captured(buf, stream, arrays, async_finish=False):
     again[5].current_stream_wait()
     out = buf.combine(y, got[4], topk_weights=y_weights, bias=bias, **options)
     out[2].current_stream_wait()
-    return stream.end_capture(), got, again, out
+    return stream.end_capture(), got, again, out, layout
 
 
 def inputs(of_all, me):
@@ -49,7 +50,7 @@ def replay_graph(comm, replays, async_finish):
         first = made(0, n)
         run_round(buf, first.case)                               # compiles: that cannot be captured
         arrays = [up(a) for a in inputs(first, me)]
-        graph, got, again, out = captured(buf, stream, arrays, async_finish)
+        graph, got, again, out, _layout = captured(buf, stream, arrays, async_finish)
         held = dispatch(buf, first)                              # lies beside the graph's results, and stays
         for seed in range(replays):
             now = made(seed, n)
@@ -82,7 +83,7 @@ def many_replays(comm, replays):
     with make_high_throughput_buffer(comm, HEAP) as buf, cupy.cuda.Stream(non_blocking=True) as stream:
         now = made(3, n)
         run_round(buf, now.case)
-        graph, got, _, out = captured(buf, stream, [up(a) for a in inputs(now, me)])
+        graph, got, _, out, _layout = captured(buf, stream, [up(a) for a in inputs(now, me)])
         for _ in range(replays):
             graph.launch(stream)
         stream.synchronize()
