@@ -1,4 +1,4 @@
-"""DeepEP's names: a program written for its V1 low-latency interface runs after `import pyep.deep_ep as deep_ep`."""
+"""DeepEP's names: a program written for its V1 low-latency or intranode interface runs after `import pyep.deep_ep as deep_ep`."""
 import torch
 
 from .buffer import Buffer

@@ -133,12 +133,99 @@ def test_program(tmp_path):
     assert done.results == ["done"] * 2, done.stderr
 
 
+# ---- the same for the intranode interface ----------------------------------------------------------------------------
+
+def check_intranode(deep_ep, buffer, group, rank, num_ranks, device, x, fp8, with_topk, async_mode, config):
+    """One layout, dispatch, cached dispatch and combine, as DeepEP's own test makes them."""
+    num_experts = LOCAL_EXPERTS * num_ranks
+    scores = torch.randn((TOKENS, num_experts), device=device).abs()
+    topk_idx = torch.topk(scores, TOPK, dim=-1, sorted=False)[1].to(deep_ep.topk_idx_t)
+    topk_weights = torch.ones((TOKENS, TOPK), device=device) * rank
+    per_rank, per_rdma_rank, per_expert, in_rank, event = buffer.get_dispatch_layout(topk_idx, num_experts, async_finish=async_mode)
+    if async_mode:
+        event.current_stream_wait()
+    owners = torch.nn.functional.one_hot(topk_idx // LOCAL_EXPERTS, num_ranks).sum(dim=1) > 0
+    assert torch.equal(in_rank, owners) and torch.equal(per_rank.long(), owners.sum(dim=0)) and per_rdma_rank is None
+    assert torch.equal(per_expert.long(), torch.bincount(topk_idx.view(-1), minlength=num_experts))
+
+    options = dict(async_finish=async_mode, config=config)
+    if async_mode:
+        options["previous_event"] = buffer.capture()
+    carried = dict(topk_idx=topk_idx, topk_weights=topk_weights) if with_topk else {}
+    recv_x, recv_topk_idx, recv_topk_weights, counts, handle, event = buffer.dispatch(
+        x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, **carried, **options)
+    if async_mode:
+        event.current_stream_wait()
+    prefix = handle[0]
+    everyones = gathered(per_expert, group).sum(dim=0)
+    assert counts == everyones[rank * LOCAL_EXPERTS:(rank + 1) * LOCAL_EXPERTS].tolist()
+    values = dequantized(recv_x[0].view(-1, HIDDEN), recv_x[1])[0].bfloat16() if fp8 else recv_x
+    begin = 0
+    for source in range(num_ranks):                              # all values of a rank's tokens are its number
+        end = prefix[source, rank].item()
+        assert (values[begin:end].float() - source).abs().max() < 0.1 * (source + 1) if end > begin else True
+        if with_topk:
+            own = recv_topk_idx[begin:end] >= 0
+            assert own.any(dim=1).all() and torch.equal(recv_topk_weights[begin:end], own.float() * source)
+        begin = end
+    assert begin == len(values)
+
+    again, *nothing, _, event = buffer.dispatch(x, handle=handle, **options)
+    if async_mode:
+        event.current_stream_wait()
+    for a, b in zip(again if fp8 else (again,), recv_x if fp8 else (recv_x,)):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    assert nothing[:2] == [None, None]
+
+    combined, combined_weights, event = buffer.combine(values, handle, topk_weights=recv_topk_weights, **options)
+    if async_mode:
+        event.current_stream_wait()
+    times = owners.sum(dim=1, keepdim=True)                      # as often as it went to a rank
+    assert relative_difference(combined, (rank + 1e-9) * times.expand(-1, HIDDEN).double()) < 5e-2 if rank else not combined.any()
+    if with_topk:
+        assert torch.equal(combined_weights, topk_weights)       # each is with the rank of its expert alone
+
+
+def intranode_program(comm, folder):
+    import torch.distributed as dist
+
+    import pyep.deep_ep as deep_ep
+    if on_gpu():
+        torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+    device = "cuda" if on_gpu() else "cpu"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
+    rank, num_ranks, group = dist.get_rank(), dist.get_world_size(), dist.new_group(list(range(comm.size)))
+    deep_ep.Buffer.set_num_sms(24)
+    config = deep_ep.Config(24, 8, 256)
+    buffer = deep_ep.Buffer(group, config.get_nvl_buffer_size_hint(2 * HIDDEN, num_ranks), 0, low_latency_mode=False,
+                            num_qps_per_rank=1, explicitly_destroy=True)
+    x = torch.ones((TOKENS, HIDDEN), dtype=torch.bfloat16, device=device) * rank
+    scales = torch.full((TOKENS, HIDDEN // 128), 1 / 64, device=device)
+    in_fp8 = (x.float() * 64).clamp(max=448).to(torch.float8_e4m3fn), scales
+    for async_mode in False, True:
+        for tokens in x, in_fp8:
+            for with_topk in False, True:
+                check_intranode(deep_ep, buffer, group, rank, num_ranks, device, tokens, tokens is in_fp8, with_topk, async_mode,
+                                config)
+    buffer.destroy()
+    dist.barrier()
+    dist.destroy_process_group()
+    return "done"
+
+
+def test_intranode_program(tmp_path):
+    done = ranks.launch(3, intranode_program, str(tmp_path), timeout=300)
+    assert done.results == ["done"] * 3, done.stderr
+
+
 # ---- the interface ---------------------------------------------------------------------------------------------------
 
 REQUIRED = inspect.Parameter.empty
 TENSOR_STATS = dict(cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None)
 
-# The methods of DeepEP V1's Buffer that a low-latency program may use, with their arguments in order and the defaults.
+RUN = dict(previous_event=None, async_finish=False, allocate_on_comm_stream=False)
+
+# The methods of DeepEP V1's Buffer that a program of one node may use, with their arguments in order and the defaults.
 METHODS = {
     "__init__": dict(group=REQUIRED, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                      allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False,
@@ -164,6 +251,11 @@ METHODS = {
     "low_latency_query_mask_buffer": dict(mask_status=REQUIRED),
     "low_latency_clean_mask_buffer": {},
     "get_next_low_latency_combine_buffer": dict(handle=REQUIRED),
+    "get_dispatch_layout": dict(topk_idx=REQUIRED, num_experts=REQUIRED, **RUN),
+    "dispatch": dict(x=REQUIRED, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None,
+                     num_tokens_per_expert=None, topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0,
+                     config=None, **RUN),
+    "combine": dict(x=REQUIRED, handle=REQUIRED, topk_weights=None, bias=None, config=None, **RUN),
 }
 
 

@@ -54,6 +54,15 @@ def test_round_trip(n):
     assert_passes(mpi(n, EXAMPLES / "round_trip.py"))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_train(n):
+    """It compares its gradients itself; the loss falls."""
+    done = mpi(n, EXAMPLES / "train.py")
+    assert done.returncode == 0 and f"{n} ranks; against a dense layer" in done.stdout, done.stdout + done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 5 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 100
+
+
 def test_round_trip_is_short():
     assert len((EXAMPLES / "round_trip.py").read_text().splitlines()) < 40
 
