@@ -4,6 +4,15 @@ import os
 import pyep
 
 
+# A kernel for CuPy that keeps a stream busy for so many nanoseconds.
+SPIN = r"""
+extern "C" __global__ void spin(long long ns) {
+    long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - start < ns);
+}"""
+
+
 def on_gpu():
     return os.environ["PYEP_DEVICE"] == "cuda"
 

@@ -13,6 +13,22 @@ FORMATS = (dict(use_fp8=False), dict(use_fp8=True), dict(use_fp8=True, round_sca
            dict(use_fp8=True, round_scale=True, use_ue8m0=True))
 
 
+def joined(comm, folder):
+    """Make a process group of all ranks: (rank, number of ranks, group)."""
+    import torch.distributed as dist
+    if on_gpu():
+        torch.cuda.set_device(comm.rank % torch.cuda.device_count())
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
+    return dist.get_rank(), dist.get_world_size(), dist.new_group(list(range(comm.size)))
+
+
+def part():
+    """Its end, once all ranks have come to it."""
+    import torch.distributed as dist
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 def gathered(tensor, group):
@@ -105,13 +121,8 @@ def exercise(deep_ep, buffer, group, rank, num_ranks, device):
 
 def program(comm, folder):
     """What a DeepEP program does from beginning to end."""
-    import torch.distributed as dist
-
     import pyep.deep_ep as deep_ep                               # the line that was changed
-    if on_gpu():
-        torch.cuda.set_device(comm.rank % torch.cuda.device_count())
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
-    rank, num_ranks, group = dist.get_rank(), dist.get_world_size(), dist.new_group(list(range(comm.size)))
+    rank, num_ranks, group = joined(comm, folder)
     num_experts = LOCAL_EXPERTS * num_ranks
     num_rdma_bytes = deep_ep.Buffer.get_low_latency_rdma_size_hint(TOKENS, HIDDEN, num_ranks, num_experts)
     buffer = deep_ep.Buffer(group, num_rdma_bytes=num_rdma_bytes, low_latency_mode=True, num_qps_per_rank=LOCAL_EXPERTS,
@@ -122,8 +133,7 @@ def program(comm, folder):
     buffer.clean_low_latency_buffer(TOKENS, HIDDEN, num_experts)
     exercise(deep_ep, buffer, group, rank, num_ranks, "cuda" if on_gpu() else "cpu")
     buffer.destroy()
-    dist.barrier()
-    dist.destroy_process_group()
+    part()
     return "done"
 
 
@@ -187,14 +197,9 @@ def check_intranode(deep_ep, buffer, group, rank, num_ranks, device, x, fp8, wit
 
 
 def intranode_program(comm, folder):
-    import torch.distributed as dist
-
     import pyep.deep_ep as deep_ep
-    if on_gpu():
-        torch.cuda.set_device(comm.rank % torch.cuda.device_count())
     device = "cuda" if on_gpu() else "cpu"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
-    rank, num_ranks, group = dist.get_rank(), dist.get_world_size(), dist.new_group(list(range(comm.size)))
+    rank, num_ranks, group = joined(comm, folder)
     deep_ep.Buffer.set_num_sms(24)
     config = deep_ep.Config(24, 8, 256)
     buffer = deep_ep.Buffer(group, config.get_nvl_buffer_size_hint(2 * HIDDEN, num_ranks), 0, low_latency_mode=False,
@@ -208,8 +213,7 @@ def intranode_program(comm, folder):
                 check_intranode(deep_ep, buffer, group, rank, num_ranks, device, tokens, tokens is in_fp8, with_topk, async_mode,
                                 config)
     buffer.destroy()
-    dist.barrier()
-    dist.destroy_process_group()
+    part()
     return "done"
 
 
@@ -297,15 +301,11 @@ def test_num_sms():
 
 
 def queries(comm, folder):
-    import torch.distributed as dist
-
     import pyep
     import pyep.deep_ep as deep_ep
-    if on_gpu():
-        torch.cuda.set_device(comm.rank % torch.cuda.device_count())
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
+    _, _, group = joined(comm, folder)
     size = deep_ep.Buffer.get_low_latency_rdma_size_hint(4, 64, comm.size, comm.size)
-    with deep_ep.Buffer(dist.group.WORLD, 0, size, True) as buffer:
+    with deep_ep.Buffer(group, 0, size, True) as buffer:
         assert buffer.is_available() and not buffer.is_internode_available()
         assert (buffer.get_num_rdma_ranks(), buffer.get_rdma_rank()) == (1, 0)
         assert buffer.is_sm90_compiled()
@@ -320,7 +320,7 @@ def queries(comm, folder):
         assert stream is None if not on_gpu() else isinstance(stream, torch.cuda.Stream) and stream.priority < 0
         deep_ep.Buffer.capture().synchronize()
     assert not buffer.is_available()
-    dist.destroy_process_group()
+    part()
     return "done"
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import ranks
 from case import Case, assert_dispatched, assert_same, run_round
-from engine import down, make_buffer, up
+from engine import SPIN, down, make_buffer, up
 
 import pyep
 from pyep import reference
@@ -102,14 +102,6 @@ def replay_back_to_back(comm, replays, fp8, layout, weighted):
                                   ("fp8", "expert_major", False)], ids=["direct", "reduced", "rank_major", "fp8"])
 def test_ten_thousand_replays(mode):
     ranks.run(2, replay_back_to_back, 10_000, *mode)
-
-
-SPIN = r"""
-extern "C" __global__ void spin(long long ns) {
-    long long start, now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - start < ns);
-}"""
 
 
 def wait_for_an_event(comm):

@@ -1,7 +1,7 @@
 """High throughput on GPUs: graphs, streams, bounded SMs."""
 import pytest
 import ranks
-from engine import make_high_throughput_buffer, up
+from engine import SPIN, make_high_throughput_buffer, up
 from high_throughput_case import ROUTINGS, Case, assert_combined, assert_dispatched, combine, dispatch, run_round
 
 import pyep
@@ -136,14 +136,6 @@ def count_blocks(comm):
 def test_bounded_sms(n):
     """No launch has more blocks than the Config, or else `set_num_sms`, allows."""
     ranks.run(n, count_blocks)
-
-
-SPIN = r"""
-extern "C" __global__ void spin(long long ns) {
-    long long start, now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); while (now - start < ns);
-}"""
 
 
 def memory_used_again(comm):
