@@ -114,6 +114,8 @@ class Connection:
         transport, self.transport = self.transport, None
         self._met_to_part()
         transport.close(self._met_to_part)
+        self.heap.let_go()
+        self.words_for = {}                                      # nothing that refers to the Buffer, which refers to this
         if self.error is None:
             self._bootstrap.close()
         if unreported is not None:

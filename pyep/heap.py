@@ -90,6 +90,10 @@ class Heap:
             raise EPBufferTooSmallError(f"{size} bytes in one piece are needed; {self.state()}")
         return Slab(begin, size, self._memory, self.capturing, self._back)
 
+    def let_go(self):
+        """Of the memory, which lives on as long as slabs do."""
+        self._memory = None
+
     def largest(self):
         """Bytes of the largest slab that can be had now."""
         return max(self._lengths(), default=0)
