@@ -11,6 +11,7 @@ Names in capitals that a kernel uses are its template parameters: `bind(kernel, 
 """
 import functools
 import inspect
+import zlib
 from types import FunctionType
 from typing import NamedTuple
 
@@ -160,8 +161,11 @@ def bind(fn, machine, **constants):
             # Without wrappers, which only Python would call: they take a quarter of the time to compile.
             return numba.njit(error_model="numpy", forceinline=not rare, no_cpython_wrapper=True, no_cfunc_wrapper=True)(fn)
     helpers = {}                                              # one of each, however many functions call it
+    # Machine code from the disk cache brings helpers' symbols along, numbered by the process that made it; kernels with other
+    # constants must not take each other's.
+    of_kernel = f"_{zlib.crc32(repr((fn.__qualname__, machine, sorted(constants.items()))).encode()):08x}"
 
-    def rebuild(fn):
+    def rebuild(fn, suffix):
         names = dict(fn.__globals__)
         for name in fn.__code__.co_names:
             value = names.get(name)
@@ -171,7 +175,9 @@ def bind(fn, machine, **constants):
                 names[name] = value.on(machine)
             elif isinstance(value, FunctionType):
                 if value not in helpers:
-                    helpers[value] = helper(rebuild(value), value in RARE)
+                    helpers[value] = helper(rebuild(value, of_kernel), value in RARE)
                 names[name] = helpers[value]
-        return FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)
-    return rebuild(fn)
+        bound = FunctionType(fn.__code__, names, fn.__name__ + suffix, fn.__defaults__, fn.__closure__)
+        bound.__qualname__ = bound.__name__
+        return bound
+    return rebuild(fn, "")
