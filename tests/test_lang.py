@@ -29,7 +29,7 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed,
                                swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3,
                                udiv, umod, warp_size, zeros)
-from pyep.kernels.op import Cpu, Op, rare
+from pyep.kernels.op import Cpu, Op, bind
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
 pytestmark = pytest.mark.timeout(120, method="thread")
@@ -995,37 +995,12 @@ def test_cached_kernels_run_in_other_processes(tmp_path):
     assert lines == [f"{sums} 0", f"{sums} 1"]
 
 
-RARELY = """
-import sys
-import test_lang
-for value in map(int, sys.argv[1:]):
-    kernel, out = test_lang.CpuKernel(test_lang.rare_constant, 1, test_lang.Cpu(1, 1), 0, dict(VALUE=value)), test_lang.memory(1)
-    kernel.launch(0, out.ctypes.data)
-    print(out[0], sum(kernel.run.stats.cache_hits.values()))
-"""
-
-
-@rare
-def rare_helper(x):
-    while ld8(x) < 0:                               # lest it be inlined all the same
-        pause(VALUE)
-    return x - x + VALUE
-
-
-def rare_constant(out):
-    st8(out, rare_helper(out))
-
-
-def test_cached_kernels_do_not_take_each_others_helpers(tmp_path):
-    """Two processes number the helpers of their kernels alike; a third finds both on disk."""
-    folders = os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))
-    environment = dict(os.environ, PYEP_CACHE=str(tmp_path), PYTHONPATH=os.pathsep.join(folders))
-
-    def run_elsewhere(*values):
-        return subprocess.run([sys.executable, "-c", RARELY, *map(str, values)], env=environment, capture_output=True, text=True,
-                              check=True).stdout.split()
-    assert [run_elsewhere(value) for value in (1, 2)] == [["1", "0"], ["2", "0"]]
-    assert run_elsewhere(1, 2) == ["1", "1", "2", "1"]
+def test_helpers_of_different_kernels_have_different_names():
+    """Machine code that is found on disk brings its helpers' symbols along; they must not be taken for those of another kernel."""
+    def name_of(machine, **constants):
+        return bind(constant, machine, **constants).__globals__["helper"].py_func.__qualname__
+    names = [name_of(Cpu(1, 1), VALUE=1), name_of(Cpu(1, 1), VALUE=2), name_of(Cpu(8, 4), VALUE=1), name_of(Cpu(1, 1))]
+    assert len(set(names)) == len(names) and all(name.startswith("helper_") for name in names)
 
 
 def test_cache_keys():
