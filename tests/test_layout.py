@@ -214,10 +214,10 @@ def test_a_published_shape_by_hand():
         "ht_counts": (148_352, 132_096),                # 2 x 4 sources x (1 + 4 + 2047, up to a multiple of 16) x 8
         "place": (280_448, 512),                        # 4 lines
         "done": (280_960, 512),
-        "chunk": (281_472, 16_384),                     # 4 sources x 512 x 8
-        "arrived": (297_856, 8),
+        "chunk": (281_472, 131_072),                    # 4 sources x 4096 x 8
+        "arrived": (412_544, 8),
     }
-    assert control_bytes(4) == 297_984                  # 297856 and a line
+    assert control_bytes(4) == 412_672                  # 412544 and a line
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [
         ("routes", 0, 32_768),                          # 4 x 128 x 8 words
         ("places", 32_768, 32_768),
@@ -225,10 +225,10 @@ def test_a_published_shape_by_hand():
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine()] == [("outputs", 0, 14_680_064)]  # 128 x 8 rows
     assert PUBLISHED.half_bytes == 14_680_064
-    assert PUBLISHED.nbytes == 29_658_112               # 297984 + 2 x 14680064
+    assert PUBLISHED.nbytes == 29_772_800               # 412672 + 2 x 14680064
     assert PUBLISHED.local_experts == 64 and PUBLISHED.rows_per_expert == 512
-    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_658_112
-    assert low_latency_size_hint(128, 7168, 4, 256) == 939_822_080     # 297984 + 2 x 128 x 256 x 14336
+    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_772_800
+    assert low_latency_size_hint(128, 7168, 4, 256) == 939_936_768     # 412672 + 2 x 128 x 256 x 14336
 
 
 def test_a_published_shape_in_fp8_reduced_by_hand():
@@ -240,7 +240,7 @@ def test_a_published_shape_in_fp8_reduced_by_hand():
         ("rows", 65_536, 3_784_704),                    # 4 x 128 rows
     ]
     assert [(r.name, r.offset, r.nbytes) for r in shape.combine()] == [("partials", 0, 7_340_032)]      # 4 x 128 rows
-    assert shape.half_bytes == 7_340_032 and shape.nbytes == 14_978_048         # 297984 + 2 x 7340032
+    assert shape.half_bytes == 7_340_032 and shape.nbytes == 15_092_736         # 412672 + 2 x 7340032
 
 
 # ---- slabs of the heap -----------------------------------------------------------------------------------------------
