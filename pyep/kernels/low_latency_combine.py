@@ -4,48 +4,63 @@ An expert's rank sends the output for (token, k) to the token's rank, which sums
 """
 from ..channels.memory import peer
 from .basics import add_entry, list_bytes, num_warps, warp_rank
-from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
+from .lang import (lane, ld4_nc_if, ld8_nc_if, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS, PER_LANE, RECEIVERS,
                           ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
-from .low_latency_sums import NOT_ADDED, load_four, sum_listed
+from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
 from .low_latency_units import (first_unit, list_rows, offset_of, reads_own_y, slices, source_of, token_of, travels, units,
                                 wait_for_all)
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
-def copy_listed(rows, count, outputs, offset):
-    """Copy 16 bytes of listed rows to a token's outputs."""
-    entry, left = rows, count
-    while left > 0 and offset < ROW_BYTES:
-        value0, value1, value2, value3 = load_four(entry, offset, left)
-        st16_relaxed(outputs + ld8_shared(entry + 8) * ROW_BYTES + offset, present(value0))
-        if left > 1:
-            st16_relaxed(outputs + ld8_shared(entry + 24) * ROW_BYTES + offset, present(value1))
-        if left > 2:
-            st16_relaxed(outputs + ld8_shared(entry + 40) * ROW_BYTES + offset, present(value2))
-        if left > 3:
-            st16_relaxed(outputs + ld8_shared(entry + 56) * ROW_BYTES + offset, present(value3))
+def copy_four(values, entry, left, outputs):
+    """Store 16 bytes of each of four listed rows to a token's outputs."""
+    value0, value1, value2, value3 = values
+    k0, k1, k2, k3 = four_words(entry + 8)
+    if left > 0:
+        st16_relaxed(outputs + k0 * ROW_BYTES, present(value0))
+    if left > 1:
+        st16_relaxed(outputs + k1 * ROW_BYTES, present(value1))
+    if left > 2:
+        st16_relaxed(outputs + k2 * ROW_BYTES, present(value2))
+    if left > 3:
+        st16_relaxed(outputs + k3 * ROW_BYTES, present(value3))
+
+
+def copy_listed(values, rows, count, outputs, offset):
+    """Copy 16 bytes of listed rows; `values`: of the first four."""
+    copy_four(values, rows, count, outputs + offset)
+    entry, left = rows + 64, count - 4
+    while left > 0:
+        copy_four(load_four(entry, offset, left), entry, left, outputs + offset)
         entry += 64
         left -= 4
 
 
 def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
-    """The output of every row this rank received, back to the slot of its (token, k) on the token's rank."""
+    """The output of every row this rank received, back to the slot of its (token, k) on the token's rank.
+
+    The first rows are loaded before it is known that their slots are free.
+    """
     base, _, _ = watch
     rows = shared() + warp_rank() * list_bytes(TOPK)
     unit = first_unit(part, parts)
     count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, 0)
+    ahead = load_ahead(rows, unit, count)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
         outputs = peer(base, source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES
         for piece in range(PER_LANE):
-            copy_listed(rows, count, outputs, offset_of(unit, piece))
+            offset = offset_of(unit, piece)
+            if offset < ROW_BYTES:
+                copy_listed(ahead if piece == 0 else load_four(rows, offset, count), rows, count, outputs, offset)
         syncwarp()
         unit += parts * num_warps()
         count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, 0)
+        ahead = load_ahead(rows, unit, count)
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------

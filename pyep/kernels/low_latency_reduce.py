@@ -10,7 +10,7 @@ from .lang import (lane, ld16_nc, ld16_nc_if, ld4_nc_if, ld8_nc, present, shared
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS, RECEIVERS,
                           ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
-from .low_latency_sums import load_four, partial, reduces, sum_listed
+from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
 from .low_latency_units import (first_unit, list_rows, offset_of, reads_own_y, slices, source_of, token_of, travels, units,
                                 wait_for_all)
 
@@ -25,11 +25,15 @@ def rows_bytes():
 # ---- send ------------------------------------------------------------------------------------------------------------
 
 def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent):
-    """The partial of every token that has rows here, to slot [me][token] on the token's rank."""
+    """The partial of every token that has rows here, to slot [me][token] on the token's rank.
+
+    The first rows are loaded before it is known that their slots are free.
+    """
     base, _, _ = watch
     rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
     unit = first_unit(part, parts)
     count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, weight_of)
+    ahead = load_ahead(rows, unit, count)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
@@ -38,10 +42,12 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES and count > 0:
-                st16_relaxed(slot + offset, present(partial(load_four(rows, offset, count), rows, count, offset)))
+                values = ahead if piece == 0 else load_four(rows, offset, count)
+                st16_relaxed(slot + offset, present(partial(values, rows, count, offset)))
         syncwarp()
         unit += parts * num_warps()
         count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, weight_of)
+        ahead = load_ahead(rows, unit, count)
 
 
 def look_up_row(unit, me, y, src_info, sent):

@@ -8,8 +8,8 @@ the first load, so that no load waits for shared memory.
 """
 from ..channels.memory import wait16
 from .lang import absence, absent, f32_of, fma8, ld8_shared, ld16_nc_if, ld16_relaxed_if, lowest_bit, st16, to_bf16, zeros
-from .low_latency import RANK_MAJOR, RANKS, TOPK, WEIGHTED
-from .low_latency_units import reads_own_y
+from .low_latency import RANK_MAJOR, RANKS, ROW_BYTES, TOPK, WEIGHTED
+from .low_latency_units import offset_of, reads_own_y
 from .op import rare
 
 NOT_ADDED = -(1 << 63)                          # the sign bit of an entry's second word
@@ -30,6 +30,12 @@ def load_four(entry, offset, left):
     at0, at1, at2, at3 = four_words(entry)
     return (ld16_nc_if(at0 + offset, left > 0), ld16_nc_if(at1 + offset, left > 1), ld16_nc_if(at2 + offset, left > 2),
             ld16_nc_if(at3 + offset, left > 3))
+
+
+def load_ahead(rows, unit, count):
+    """What a lane loads first of a unit that sends listed rows: 16 bytes of each of the first four."""
+    offset = offset_of(unit, 0)
+    return load_four(rows, offset, count if offset < ROW_BYTES else 0)
 
 
 # ---- a rank's own partial --------------------------------------------------------------------------------------------
