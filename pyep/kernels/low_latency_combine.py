@@ -9,8 +9,7 @@ from .lang import (lane, ld4_nc_if, ld8_nc_if, present, shared, st16, st16_relax
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS, PER_LANE, RECEIVERS,
                           ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
 from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
-from .low_latency_units import (first_unit, list_rows, offset_of, reads_own_y, slices, source_of, token_of, travels, units,
-                                wait_for_all)
+from .low_latency_units import first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units, wait_for_all
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +45,7 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
     base, _, _ = watch
     rows = shared() + warp_rank() * list_bytes(TOPK)
     unit = first_unit(part, parts)
-    count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, 0)
+    count = list_unit(rows, unit, me, y, row_of, 0, sent)
     ahead = load_ahead(rows, unit, count)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
         return
@@ -59,7 +58,7 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
                 copy_listed(ahead if piece == 0 else load_four(rows, offset, count), rows, count, outputs, offset)
         syncwarp()
         unit += parts * num_warps()
-        count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, 0)
+        count = list_unit(rows, unit, me, y, row_of, 0, sent)
         ahead = load_ahead(rows, unit, count)
 
 

@@ -6,13 +6,13 @@ weighted already, and the partials are the rows of y.
 """
 from ..channels.memory import peer
 from .basics import add_entry, list_bytes, num_warps, warp_rank
-from .lang import (lane, ld16_nc, ld16_nc_if, ld4_nc_if, ld8_nc, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
+from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS, RECEIVERS,
                           ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
-from .low_latency_units import (first_unit, list_rows, offset_of, reads_own_y, slices, source_of, token_of, travels, units,
-                                wait_for_all)
+from .low_latency_units import (first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
+                                tokens_here, travels, units, wait_for_all)
 
 ONE = 0x3F800000                                # 1.0 as bits of fp32
 
@@ -32,7 +32,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent)
     base, _, _ = watch
     rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
     unit = first_unit(part, parts)
-    count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, weight_of)
+    count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
     ahead = load_ahead(rows, unit, count)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
         return
@@ -46,37 +46,37 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent)
                 st16_relaxed(slot + offset, present(partial(values, rows, count, offset)))
         syncwarp()
         unit += parts * num_warps()
-        count = list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, sent), y, row_of, weight_of)
+        count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
         ahead = load_ahead(rows, unit, count)
 
 
 def look_up_row(unit, me, y, src_info, sent):
-    """Rank-major: the first 16 bytes that a lane sends of a unit, the token of its row, whether that row exists.  No load waits to
-    know whether it is needed."""
+    """Rank-major: the first 16 bytes that a lane sends of a unit, the token of its row, how many rows its source has here.  No load
+    waits to know whether it is needed, and nothing here waits for a load."""
     row = source_of(unit, me) * MAX_TOKENS + token_of(unit)
     offset = offset_of(unit, 0)
     value = ld16_nc_if(y + row * ROW_BYTES + offset, unit < units() and offset < ROW_BYTES)
-    token = ld4_nc_if(src_info + 4 * row, unit < units())
-    return value, token, travels(unit, me, sent)
+    token = ld4_relaxed_if(src_info + 4 * row, unit < units())   # not ld4_nc_if: to extend a sign would be to wait
+    return value, token, tokens_here(unit, me, sent)
 
 
 def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
     """Rank-major: every row of y to slot [me][its token] on the token's rank.  The next unit is looked up before one is stored."""
     base, _, _ = watch
     unit = first_unit(part, parts)
-    next_value, next_token, next_wanted = look_up_row(unit, me, y, src_info, sent)
+    next_value, next_token, next_tokens = look_up_row(unit, me, y, src_info, sent)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        value, token, wanted, this = next_value, next_token, next_wanted, unit
+        value, token, tokens, this = next_value, next_token, next_tokens, unit
         unit += parts * num_warps()
-        next_value, next_token, next_wanted = look_up_row(unit, me, y, src_info, sent)
+        next_value, next_token, next_tokens = look_up_row(unit, me, y, src_info, sent)
         row = y + (source_of(this, me) * MAX_TOKENS + token_of(this)) * ROW_BYTES
         slot = peer(base, source_of(this, me)) + half + (me * MAX_TOKENS + token) * ROW_BYTES
         for piece in range(PER_LANE):
             offset = offset_of(this, piece)
-            if wanted and offset < ROW_BYTES:
+            if travels(this, me, tokens) and offset < ROW_BYTES:
                 st16_relaxed(slot + offset, present(ld16_nc(row + offset) if piece > 0 else value))
 
 

@@ -60,14 +60,23 @@ def token_of(unit):
     return udiv(unit, slices() * others())
 
 
-def travels(unit, me, sent):
-    """In sending: whether a unit may have something to send."""
-    source = source_of(unit, me)
-    tokens = ld8_nc(sent + 8 * source)
-    return unit < units() and token_of(unit) < tokens and (source != me or not reads_own_y())
+def tokens_here(unit, me, sent):
+    """In sending: how many tokens a unit's source has, in the rank-major layout here."""
+    return ld8_nc(sent + 8 * source_of(unit, me))
+
+
+def travels(unit, me, tokens):
+    """In sending: whether a unit may have something to send; tokens: as above."""
+    return unit < units() and token_of(unit) < tokens and (source_of(unit, me) != me or not reads_own_y())
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
+
+def list_unit(rows, unit, me, y, row_of, weight_of, sent):
+    """In sending: `list_rows` for the token of a unit; 0 if that does not exist or need not travel."""
+    tokens = tokens_here(unit, me, sent)
+    return list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, tokens), y, row_of, weight_of)
+
 
 def list_rows(rows, source, token, wanted, y, row_of, weight_of):
     """One warp lists the rows of y that the experts here made of a token of `source`, in k order, two words each: address; weight,
