@@ -13,7 +13,7 @@ from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDE
                           ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, begin, end_epoch, enter, selects)
 from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
                                    read_counts, take_selections, take_token, wait_for_tokens)
-from .quantize import PIECES, block_amax, factor_of, first_piece, load_piece, scale_of, span, team_size
+from .quantize import PIECES, block_amax, factor_of, first_piece, lanes_per_block, load_piece, scale_of, span
 
 CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
 CUT_BYTES = 0                                   # of one of them
@@ -63,23 +63,23 @@ def store_word_to_all(slot, offset, value):
 
 
 def send_fp8(slot, half, row, offset, low, high):
-    """Quantize blocks (a team of lanes each) and send them, then their scales; the whole warp calls.  low, high: this lane's first
+    """Quantize blocks (a few lanes each) and send them, then their scales; the whole warp calls.  low, high: this lane's first
     piece, at `offset`."""
     amax = block_amax(row, offset, low, high)
     scale = scale_of(amax)
     factor = factor_of(amax, scale)
     if offset < DATA_BYTES:
         store_to_all(slot, half + offset, to_e4m3(low, high, factor))
-        for i in range(1, udiv(PIECES, team_size())):
-            at = offset + 16 * i * team_size()
+        for i in range(1, udiv(PIECES, lanes_per_block())):
+            at = offset + 16 * i * lanes_per_block()
             low, high = load_piece(row, at, 1)
             store_to_all(slot, half + at, to_e4m3(low, high, factor))
-        if umod(lane(), team_size()) == 0:
+        if umod(lane(), lanes_per_block()) == 0:
             store_word_to_all(slot, half + scale_offset(offset), scale)
 
 
-# A *unit* of the senders is a (token, cut), a cut being one of CUTS parts of a row.  The block's threads are as many *teams*, which
-# take units in turn: so all blocks end together, though tokens have more and less to send.
+# Rows are sent in *cuts*, CUTS to a row, numbered through.  The block's threads are as many *teams*, which take cuts in turn: so
+# all blocks end together, though tokens have more and less to send.
 
 
 def team_bytes():
@@ -87,40 +87,40 @@ def team_bytes():
     return span(TEAM_THREADS) if FP8 else 16 * TEAM_THREADS
 
 
-def row_of_unit(x, unit):
-    """The row of x that a unit is part of."""
-    return x + udiv(unit, CUTS) * ROW_BYTES
+def row_of_cut(x, cut):
+    """The row of x that a cut is part of."""
+    return x + udiv(cut, CUTS) * ROW_BYTES
 
 
-def offset_of(unit, done):
+def offset_in_row(cut, done):
     """Where in that row (counted in the bytes that travel) a thread is once its team has done so many bytes of the cut."""
     rank = umod(thread_rank(), TEAM_THREADS)
-    return umod(unit, CUTS) * CUT_BYTES + done + (first_piece(rank) if FP8 else 16 * rank)
+    return umod(cut, CUTS) * CUT_BYTES + done + (first_piece(rank) if FP8 else 16 * rank)
 
 
-def look_at(x, unit, done, num_tokens):
-    """What a thread sends of a unit at a time."""
-    offset = offset_of(unit, done)
-    wanted = unit < num_tokens * CUTS and offset < DATA_BYTES
+def look_at(x, cut, done, num_tokens):
+    """What a thread sends of a cut at a time."""
+    offset = offset_in_row(cut, done)
+    wanted = cut < num_tokens * CUTS and offset < DATA_BYTES
     if FP8:
-        return load_piece(row_of_unit(x, unit), offset, wanted)
-    value = ld16_nc_if(row_of_unit(x, unit) + offset, wanted)
+        return load_piece(row_of_cut(x, cut), offset, wanted)
+    value = ld16_nc_if(row_of_cut(x, cut) + offset, wanted)
     return value, value
 
 
 def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
-    """Each token to every rank that wants it: a warp lists the destinations of a unit's token, then the teams send the warps'
-    units.  A thread loads what it sends next before it stores the last, so that no store waits for memory."""
+    """Each token to every rank that wants it: a warp lists the destinations of a cut's token, then the teams send the warps'
+    cuts.  A thread loads what it sends next before it stores the last, so that no store waits for memory."""
     stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
     warps, warp, team = num_warps(), warp_rank(), udiv(thread_rank(), TEAM_THREADS)
     end = shared() + warps * stride
-    units = num_tokens * CUTS
-    first, unit, done = part, part + team * parts, 0
-    low, high = look_at(x, unit, done, num_tokens)
-    while first < units or first == part:
+    cuts = num_tokens * CUTS
+    first, cut, done = part, part + team * parts, 0
+    low, high = look_at(x, cut, done, num_tokens)
+    while first < cuts or first == part:
         listed = first + warp * parts
         count = 0
-        if listed < units:
+        if listed < cuts:
             count = list_destinations(shared() + warp * stride + 8, watch[0], me, topk_idx, udiv(listed, CUTS))
         if lane() == 0:
             st8_shared(shared() + warp * stride, count)
@@ -129,14 +129,14 @@ def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
         elif begin(watch, DISPATCH_CONSUMED, me, lag) == 0:
             return
         slot = shared() + team * stride
-        while unit < units and slot < end:
-            at, offset, row, first_half, second_half = slot, offset_of(unit, done), row_of_unit(x, unit), low, high
+        while cut < cuts and slot < end:
+            at, offset, row, first_half, second_half = slot, offset_in_row(cut, done), row_of_cut(x, cut), low, high
             done += team_bytes()
             if done >= CUT_BYTES:
                 done = 0
-                unit += CUTS * parts
+                cut += CUTS * parts
                 slot += CUTS * stride
-            low, high = look_at(x, unit, done, num_tokens)
+            low, high = look_at(x, cut, done, num_tokens)
             if FP8:
                 send_fp8(at, half, row, offset, first_half, second_half)
             elif offset < DATA_BYTES:

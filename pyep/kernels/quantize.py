@@ -1,6 +1,6 @@
 """FP8: blocks of 128 values become e4m3 with one fp32 scale (the recipe is `pyep.reference.quantize`).
 
-A *team* of lanes (8 of a warp, fewer on a CPU with narrow warps) quantizes a block.  A *piece* is what a lane converts at a
+A few lanes of a warp (8, fewer on a CPU with narrow warps) quantize a block together.  A *piece* is what a lane converts at a
 time: 16 values, 32 bytes of bf16, 16 bytes of e4m3.
 """
 from .lang import amax8, bits_of, div, f32_of, ld16_nc_if, shfl_xor, udiv, umod, warp_size
@@ -10,19 +10,19 @@ PIECES = 8                                      # in a block
 SMALLEST_AMAX, LARGEST_E4M3, INFINITY = 0x38D1B717, 0x43E00000, 0x7F800000      # 1e-4, 448, infinity as bits of fp32
 
 
-def team_size():
-    """Lanes of a team."""
+def lanes_per_block():
+    """Lanes that share a block."""
     return PIECES if warp_size() >= PIECES else warp_size()
 
 
 def first_piece(rank):
     """Where the first piece of a thread is in the e4m3 that it quantizes at a time with others; rank: among them."""
-    return 16 * (PIECES * udiv(rank, team_size()) + umod(rank, team_size()))
+    return 16 * (PIECES * udiv(rank, lanes_per_block()) + umod(rank, lanes_per_block()))
 
 
 def span(threads):
     """Bytes of e4m3 that so many threads quantize at a time."""
-    return 16 * PIECES * udiv(threads, team_size())
+    return 16 * PIECES * udiv(threads, lanes_per_block())
 
 
 def load_piece(row, offset, wanted):
@@ -37,14 +37,14 @@ def largest(low, high):
 
 
 def block_amax(row, offset, low, high):
-    """max(largest |value| of the team's block, 1e-4), as bits of fp32; the whole warp asks.  low, high: this lane's first piece."""
+    """max(largest |value| of the lanes' block, 1e-4), as bits of fp32; the whole warp asks.  low, high: this lane's first piece."""
     amax = largest(low, high)
-    for i in range(1, udiv(PIECES, team_size())):
-        next_low, next_high = load_piece(row, offset + 16 * i * team_size(), offset < DATA_BYTES)
+    for i in range(1, udiv(PIECES, lanes_per_block())):
+        next_low, next_high = load_piece(row, offset + 16 * i * lanes_per_block(), offset < DATA_BYTES)
         other = largest(next_low, next_high)
         amax = other if other > amax else amax
     step = 1
-    while step < team_size():
+    while step < lanes_per_block():
         other = shfl_xor(amax, step)
         amax = other if other > amax else amax
         step *= 2
