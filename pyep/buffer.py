@@ -17,8 +17,8 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     group, comm: a torch.distributed process group or an mpi4py communicator; exactly one.  Collective.
     num_nvl_bytes: bytes of symmetric memory for results of high-throughput operations, see `get_high_throughput_size_hint`.
     num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.
-    low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for
-        DeepEP's sake.
+    num_qps_per_rank: the most channels to one rank of another node; there are as many, but no more than PYEP_NUM_PROXIES.
+    low_latency_mode, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for DeepEP's sake.
     transport: "auto", "host" (CPU engine) or "ipc" (GPUs of one host); the environment's PYEP_TRANSPORT overrides "auto".
     timeout_s: how long a rank waits for another before it raises `EPTimeoutError`.
 
@@ -32,10 +32,10 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     def __init__(self, group=None, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False,
                  comm=None, *, transport="auto", timeout_s=100.0):
-        check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, enable_shrink, timeout_s)
+        check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s)
         self.group = comm if group is None else group
         self.num_nvl_bytes, self.num_rdma_bytes, self.low_latency_mode = int(num_nvl_bytes), int(num_rdma_bytes), low_latency_mode
-        connection = Connection(group, comm, self.num_rdma_bytes, self.num_nvl_bytes, transport, timeout_s)
+        connection = Connection(group, comm, self.num_rdma_bytes, self.num_nvl_bytes, transport, timeout_s, int(num_qps_per_rank))
         LowLatencyOperations.__init__(self, connection)
         HighThroughputOperations.__init__(self, connection, self.num_nvl_bytes)
         self.rank, self.group_size = self._connection.rank, self._connection.size
@@ -53,16 +53,16 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         return self._connection.engine.index
 
     def is_internode_available(self):
-        """Whether ranks of several nodes are connected: the transports that there are serve one."""
+        """Whether ranks of several nodes are connected."""
         return self.is_available() and self.get_num_rdma_ranks() > 1
 
     def get_num_rdma_ranks(self):
-        """The number of nodes."""
-        return 1
+        """The number of nodes: sets of ranks that map each other's memory."""
+        return self._connection.nodes.count
 
     def get_rdma_rank(self):
         """The index of this rank's node."""
-        return 0
+        return self._connection.nodes.mine
 
     def get_comm_stream(self):
         """The stream on which operations with async_finish run, PyTorch's kind if the program has used a GPU through it, else

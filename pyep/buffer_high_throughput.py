@@ -40,6 +40,7 @@ class HighThroughputOperations:
         """
         connection = self._connection
         connection.require_usable()
+        connection.require_one_node("get_dispatch_layout")
         check_run(None, previous_event)
         library, num_tokens, num_topk, index_bytes = self._check("layout", check_layout, (topk_idx,), (num_experts,))
         if library.engine == "cpu":
@@ -89,6 +90,7 @@ class HighThroughputOperations:
         """
         connection = self._connection
         connection.require_usable()
+        connection.require_one_node("dispatch")
         check_run(config, previous_event)
         values, scales = values_and_scales(x)
         counts, worst = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert), num_worst_tokens
@@ -140,6 +142,7 @@ class HighThroughputOperations:
         """
         connection = self._connection
         connection.require_usable()
+        connection.require_one_node("combine")
         check_run(config, previous_event)
         check_handle(handle, id(self))
         known = handle.known

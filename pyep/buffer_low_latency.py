@@ -54,6 +54,7 @@ class LowLatencyOperations:
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
+        self._connection.require_one_node(DISPATCH)
         stats, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
         call = self._prepared("dispatch", check_dispatch, (x, topk_idx, topk_weights, stats, waits, out),
                               (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
@@ -101,6 +102,7 @@ class LowLatencyOperations:
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
+        self._connection.require_one_node(COMBINE)
         check_handle(handle, id(self))
         shape, num_tokens, received, waits = handle.shape, handle.num_tokens, handle.received, combine_wait_recv_cost_stats
         if shape.reduced:

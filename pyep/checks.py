@@ -8,7 +8,7 @@ from .events import EventOverlap
 from .results import LowLatencyHandle, recv_shape
 
 
-def check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, enable_shrink, timeout_s):
+def check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s):
     """The arguments of `Buffer`."""
     if (group is None) == (comm is None):
         raise ValueError("pass either group= (torch.distributed) or comm= (mpi4py), and not both")
@@ -19,6 +19,8 @@ def check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, enable_shrink
     for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
         if not isinstance(value, (int, np.integer)) or value < 0:
             raise ValueError(f"{name} is {value!r}; expected a number of bytes")
+    if not isinstance(num_qps_per_rank, (int, np.integer)) or num_qps_per_rank < 1:
+        raise ValueError(f"num_qps_per_rank is {num_qps_per_rank!r}; expected a number of channels, at least 1")
     if not isinstance(timeout_s, numbers.Real) or not 0 < timeout_s < 1e9:
         raise ValueError(f"timeout_s is {timeout_s!r}; expected seconds, more than 0 and less than 1e9")
 

@@ -5,7 +5,7 @@ from . import layout
 from .channels.memory import RECORD
 from .channels.transport import MpiBootstrap, TorchBootstrap
 from .choices import choose_device, choose_engine, choose_transport
-from .errors import EPClosedError, EPError
+from .errors import EPClosedError, EPError, EPTimeoutError
 from .heap import Heap
 from .streams import Streams
 
@@ -16,6 +16,7 @@ class Connection:
     """All ranks of a group, connected.  Collective; the arguments are `Buffer`'s.
 
     rank, size       this rank, and how many there are
+    nodes            which ranks map each other's memory, see `pyep.channels.nodes.Nodes`
     engine, streams  what runs kernels, and in which order
     transport        the symmetric memory, see `pyep.channels.transport.Transport`; None once closed
     nbytes, half_bytes: of control words and halves, see `pyep.layout`; of each of the halves
@@ -24,7 +25,7 @@ class Connection:
     error            what has made the connection unusable, or None
     """
 
-    def __init__(self, group, comm, num_rdma_bytes, num_nvl_bytes, transport, timeout_s):
+    def __init__(self, group, comm, num_rdma_bytes, num_nvl_bytes, transport, timeout_s, num_qps_per_rank=1):
         self.transport = self.error = None
         device = choose_device()
         transport = choose_transport(transport, device)
@@ -38,7 +39,8 @@ class Connection:
         self.nbytes = max(num_rdma_bytes, layout.control_bytes(self.size))
         self.half_bytes = layout.half_capacity(self.nbytes, self.size)
         heap = layout.heap_offset(num_rdma_bytes, self.size)
-        self.transport = transport(self._bootstrap, heap + num_nvl_bytes, timeout_s)
+        self.transport = transport(self._bootstrap, heap + num_nvl_bytes, timeout_s, num_qps_per_rank)
+        self.nodes = self.transport.nodes
         self.heap = Heap(heap, num_nvl_bytes, self.transport.memory)
         try:
             self.write_control()
@@ -53,7 +55,8 @@ class Connection:
         control, transport = layout.control(self.size), self.transport
         transport.fill(0, layout.control_bytes(self.size), 0)
         transport.write(control["status"].offset, np.array([transport.status], np.int64))
-        transport.write(control["peers"].offset, np.array(transport.peers, np.int64))
+        for name in "peers", "ports":
+            transport.write(control[name].offset, np.array(getattr(transport, name), np.int64))
         for name in "epoch", "consumed", "ht_epoch":
             transport.write(control[name].offset, np.full(control[name].nbytes // layout.WORD, epoch, np.int64))
 
@@ -82,10 +85,30 @@ class Connection:
         """Raise what went wrong in an operation that has run, if anything has.  Does not wait for a GPU."""
         if self.error is not None:
             raise self.error
-        if self.transport is not None and self.transport.record[0]:
-            record = dict(zip(RECORD, self.transport.record))
-            self.error = self.words_for[record["wait"]](record)
+        if self.transport is None:
+            return
+        if self.transport.record[0]:
+            self.error = self._error_of(dict(zip(RECORD, self.transport.record)))
             raise self.error
+        try:
+            self.transport.check()
+        except EPError as error:
+            self.error = error
+            raise
+
+    def _error_of(self, record):
+        """What a kernel has recorded, in words; if it has waited for a port peer, with the state of the proxy."""
+        error = self.words_for[record["wait"]](record)
+        if isinstance(error, EPTimeoutError) and self.transport.ports[record["peer"]]:
+            state = self.transport.port_state(record["peer"])
+            error = EPTimeoutError(f"{error}. Rank {record['peer']} is reached through a port: {state}")
+        return error
+
+    def require_one_node(self, operation):
+        """NotImplementedError for an operation that stores into all peers' memory, where there are port peers."""
+        if self.nodes.count > 1:
+            raise NotImplementedError(f"{operation} between nodes is not implemented yet (by rank, the nodes are "
+                                      f"{list(self.nodes.of)})")
 
     def launch(self, kernel, stream, *args):
         """Launch a kernel; an error leaves the connection unusable: sent or not, received or not, nobody knows."""

@@ -74,7 +74,8 @@ def control(num_ranks):
     """The control words of a rank, as a dict of `Region`s.
 
     status           address of the block of words in which a kernel says why it gave up (host memory)
-    peers            address of every rank's symmetric memory, as this rank maps it
+    peers            address of every rank's symmetric memory, as this rank maps it; 0 if it does not: a *port peer*
+    ports            address of the PortChannel handle for every port peer, else 0
     failed           not 0 once a wait of this rank gave up: all other waits then end too
     epoch            the epoch of the latest operation sent, one copy per block, so that no block waits for another
     consumed         the latest epoch whose data that rank has read to the end: its half may be written again
@@ -95,6 +96,7 @@ def control(num_ranks):
         0,
         ("status", (), (), WORD, "host"),
         ("peers", ("rank",), (num_ranks,), WORD, "host"),
+        ("ports", ("rank",), (num_ranks,), WORD, "host"),
         ("failed", (), (), WORD, "this rank"),
         ("epoch", ("block",), (MAX_BLOCKS,), WORD, "this rank"),
         ("consumed", ("source",), (num_ranks,), LINE, "source"),

@@ -478,7 +478,7 @@ def test_a_dispatch_loads_ahead_of_its_stores(case):
 # ---- the language ----------------------------------------------------------------------------------------------------
 
 KERNELS = [test_lang.who, test_lang.integers, test_lang.widths, test_lang.wanted_rows, test_lang.count_up,
-           test_lang.elect, test_lang.count_by_swaps, test_lang.play, test_lang.play_rows, test_lang.announce,
+           test_lang.elect, test_lang.count_by_swaps, test_lang.play, test_lang.play_pairs, test_lang.play_rows, test_lang.announce,
            test_lang.weigh, test_lang.divide, test_lang.largest, test_lang.quantize, test_lang.tick,
            test_lang.exchange_in_block, test_lang.exchange_words, test_lang.count_in_block, test_lang.ask_block,
            test_lang.exchange_in_warp, test_lang.ask_lanes, test_lang.follow, test_lang.epochs]

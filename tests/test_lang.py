@@ -21,14 +21,14 @@ from pyep import layout, reference
 from pyep.channels.memory import LAST_EPOCH, next_epoch, previous_epoch, reached
 from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
-from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns,
-                               div, f32_of, fetch_add8, fma8, lane, ld1_nc_if, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8,
-                               ld8_acquire, ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed, ld8_relaxed_if, ld8_shared, ld16, ld16_if,
-                               ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if, lowest_bit, next_kernel_may_start, num_blocks,
-                               num_threads, pause, polls_per_look, popc, present, previous_kernel_done, shared, shfl, shfl_xor, st1,
-                               st4, st4_relaxed, st4_shared, st8, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed,
-                               swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3,
-                               udiv, umod, warp_size, zeros)
+from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_release, amax8, ballot, bits_of, block_rank,
+                               clock_ns, div, f32_of, fetch_add8, fetch_add8_relaxed, fma8, lane, ld1_nc_if, ld4_nc, ld4_nc_if,
+                               ld4_relaxed_if, ld4_shared, ld8, ld8_acquire, ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed,
+                               ld8_relaxed_if, ld8_shared, ld16, ld16_if, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if,
+                               lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, present,
+                               previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed,
+                               st8_release, st8_shared, st16, st16_relaxed, st16_release, swap8_if, syncthreads, syncthreads_or,
+                               syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op, bind
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -266,12 +266,13 @@ def start_together(gate):
     wait_for(gate, all_threads(), clock_ns() + PATIENCE)
 
 
-def count_up(counters, n, value, seen):
-    """Every thread adds `value` to the first counter n times and notes what was there, and adds once to each of the others."""
+def count_up(counters, n, value, seen, seen_relaxed):
+    """Every thread adds `value` to two counters n times and notes what was there, and adds once to each of the others."""
     start_together(counters + 256)
     i = 0
     while i < n:
         st8(seen + 8 * (n * my_thread() + i), fetch_add8(counters, value))
+        st8(seen_relaxed + 8 * (n * my_thread() + i), fetch_add8_relaxed(counters + 640, value))
         i += 1
     add8_release(counters + 128, value * (1 + my_thread()))
     add8(counters + 384, value * (1 + my_thread()))
@@ -282,15 +283,16 @@ def count_up(counters, n, value, seen):
 @shapes(NARROW, WIDE, ODD)
 def test_adds_of_many_threads(shape, value):
     threads, n = threads_of(shape), 5000
-    counters, seen = memory(5, 16), memory(threads, n)
-    run(count_up, shape, counters, n, value, seen)
+    counters, seen, seen_relaxed = memory(6, 16), memory(threads, n), memory(threads, n)
+    run(count_up, shape, counters, n, value, seen, seen_relaxed)
     once = value * threads * (threads + 1) // 2
-    sums = [value * threads * n, once, threads, once, once << 32]
+    sums = [value * threads * n, once, threads, once, once << 32, value * threads * n]
     assert counters[:, 0].view(np.uint64).tolist() == [total & MASK64 for total in sums]
     assert not counters[:, 1:].any()
     if abs(value) < 2**32:                          # no overflow: distinct values, in order on each thread
-        np.testing.assert_array_equal(np.sort(seen // value, axis=None), np.arange(threads * n))
-        assert (np.diff(seen // value) > 0).all()
+        for noted in seen, seen_relaxed:
+            np.testing.assert_array_equal(np.sort(noted // value, axis=None), np.arange(threads * n))
+            assert (np.diff(noted // value) > 0).all()
 
 
 def elect(gate, words, n, seen):
@@ -357,6 +359,31 @@ def test_release_and_acquire_carry_data(shape):
     box, got = memory(48), memory(300)
     run(play, shape, box, len(got), got)
     np.testing.assert_array_equal(got, 3 * np.arange(1, len(got) + 1))
+
+
+def play_pairs(box, n, got):
+    """As `play`, but what announces the data is a pair of words, whose first tells something too."""
+    pair, answer = box + 128, box + 256
+    until = clock_ns() + PATIENCE
+    i = 1
+    while i <= n and thread_rank() == 0:
+        if block_rank() == 0:
+            st8(box, 3 * i)
+            st16_release(pair, 5 * i, i)
+            wait_for(answer, i, until)
+        if block_rank() == 1:
+            wait_for(pair + 8, i, until)
+            st8(got + 16 * (i - 1), ld8(box))
+            st8(got + 16 * (i - 1) + 8, ld8(pair))
+            add8_release(answer, 1)
+        i += 1
+
+
+@shapes(NARROW_PAIR, WIDE)
+def test_release_of_two_words(shape):
+    box, got = memory(48), memory(300, 2)
+    run(play_pairs, shape, box, len(got), got)
+    np.testing.assert_array_equal(got, np.arange(1, len(got) + 1)[:, None] * [3, 5])
 
 
 def play_rows(rows, n, got):

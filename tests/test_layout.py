@@ -206,18 +206,19 @@ def test_a_published_shape_by_hand():
     assert {name: (r.offset, r.nbytes) for name, r in control(4).items()} == {
         "status": (0, 8),
         "peers": (128, 32),                             # 4 x 8
-        "failed": (256, 8),
-        "epoch": (384, 8192),                           # 1024 blocks x 8
-        "consumed": (8576, 512),                        # 4 x 128
-        "rdma_recv_count": (9088, 131072),              # 2 halves x 4 sources x (1 + 2047) x 8
-        "ht_epoch": (140_160, 8192),
-        "ht_counts": (148_352, 132_096),                # 2 x 4 sources x (1 + 4 + 2047, up to a multiple of 16) x 8
-        "place": (280_448, 512),                        # 4 lines
-        "done": (280_960, 512),
-        "chunk": (281_472, 131_072),                    # 4 sources x 4096 x 8
-        "arrived": (412_544, 8),
+        "ports": (256, 32),
+        "failed": (384, 8),
+        "epoch": (512, 8192),                           # 1024 blocks x 8
+        "consumed": (8704, 512),                        # 4 x 128
+        "rdma_recv_count": (9216, 131072),              # 2 halves x 4 sources x (1 + 2047) x 8
+        "ht_epoch": (140_288, 8192),
+        "ht_counts": (148_480, 132_096),                # 2 x 4 sources x (1 + 4 + 2047, up to a multiple of 16) x 8
+        "place": (280_576, 512),                        # 4 lines
+        "done": (281_088, 512),
+        "chunk": (281_600, 131_072),                    # 4 sources x 4096 x 8
+        "arrived": (412_672, 8),
     }
-    assert control_bytes(4) == 412_672                  # 412544 and a line
+    assert control_bytes(4) == 412_800                  # 412672 and a line
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [
         ("routes", 0, 32_768),                          # 4 x 128 x 8 words
         ("places", 32_768, 32_768),
@@ -225,10 +226,10 @@ def test_a_published_shape_by_hand():
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine()] == [("outputs", 0, 14_680_064)]  # 128 x 8 rows
     assert PUBLISHED.half_bytes == 14_680_064
-    assert PUBLISHED.nbytes == 29_772_800               # 412672 + 2 x 14680064
+    assert PUBLISHED.nbytes == 29_772_928               # 412800 + 2 x 14680064
     assert PUBLISHED.local_experts == 64 and PUBLISHED.rows_per_expert == 512
-    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_772_800
-    assert low_latency_size_hint(128, 7168, 4, 256) == 939_936_768     # 412672 + 2 x 128 x 256 x 14336
+    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_772_928
+    assert low_latency_size_hint(128, 7168, 4, 256) == 939_936_896     # 412800 + 2 x 128 x 256 x 14336
 
 
 def test_a_published_shape_in_fp8_reduced_by_hand():
@@ -240,7 +241,7 @@ def test_a_published_shape_in_fp8_reduced_by_hand():
         ("rows", 65_536, 3_784_704),                    # 4 x 128 rows
     ]
     assert [(r.name, r.offset, r.nbytes) for r in shape.combine()] == [("partials", 0, 7_340_032)]      # 4 x 128 rows
-    assert shape.half_bytes == 7_340_032 and shape.nbytes == 15_092_736         # 412672 + 2 x 7340032
+    assert shape.half_bytes == 7_340_032 and shape.nbytes == 15_092_864         # 412800 + 2 x 7340032
 
 
 # ---- slabs of the heap -----------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import ctypes
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
+from ..layout import align
 from .memory import HOST_WORDS, RECORD
-from .transport import Transport, require_one_host
+from .nodes import find_nodes
+from .transport import Transport
 
 
 def call(function, *args):
@@ -37,12 +39,16 @@ class IpcTransport(Transport):
 
     name = "ipc"
 
-    def __init__(self, bootstrap, nbytes, timeout_s):
-        require_one_host(bootstrap, self.name, timeout_s)
+    def __init__(self, bootstrap, nbytes, timeout_s, queue_pairs):
+        self.nodes, self.nbytes = find_nodes(bootstrap, timeout_s), nbytes
+        if self.nodes.count > 1:
+            raise EPTransportError("transport \"ipc\" needs all ranks on one node (one host and container); by rank, nodes are "
+                                   f"{list(self.nodes.of)}: use transport \"mscclpp\", or leave PYEP_RANKS_PER_NODE unset")
         self.memory = self._pinned = None
-        self._opened = []
+        self._opened, self.ports = [], [0] * bootstrap.size
         try:
-            self._open(bootstrap, nbytes, timeout_s)
+            self._open(bootstrap, align(nbytes) + self.channel_bytes(bootstrap.size), timeout_s)
+            self.make_channels(align(nbytes))
             bootstrap.meet(timeout_s, "Buffer: opening the peers' GPU memory")
         except Exception:
             self.close(lambda: False)

@@ -114,6 +114,20 @@ def wait_epoch(watch, wait, source, counter, goal):
     return 1 if deadline >= 0 else 0
 
 
+@rare
+def wait_number(watch, wait, source, counter, goal):
+    """Wait until a word that only grows is `goal` or more: what was stored before it was released is visible from here on.
+    What it then is, or -1 if it never was."""
+    value = ld8_acquire(counter)
+    deadline, polls = 0, 0
+    while value < goal and deadline >= 0:
+        polls += 1
+        if umod(polls, polls_per_look()) == 0:
+            deadline = patience(deadline, watch, wait, source, counter, goal, value)
+        value = ld8_acquire(counter)
+    return value if value >= goal else -1
+
+
 def wait_released(watch, wait, source, counter):
     """Wait until a counter was released for this operation: what was stored before is visible from here on.  1, or 0 if never."""
     value = ld8_acquire(counter)

@@ -8,12 +8,22 @@ from datetime import timedelta
 import numpy as np
 
 from ..errors import EPTimeoutError, EPTransportError
+from ..layout import LINE, WORD
+from .handles import MAX_OFFSET, memory_handle
 
 
 class Transport:
-    """Symmetric memory: `nbytes` on every rank, each of which all ranks can write.
+    """Symmetric memory: `nbytes` on every rank.  A peer of this rank's node is *mapped*: its memory has an address here.  To any
+    other, a *port peer*, there is a PortChannel.
 
-    base: address of this rank's memory.  peers: the address at which this rank maps each rank's (its own included).
+    Made collectively, by (bootstrap, nbytes, timeout_s, queue_pairs); queue_pairs: the most PortChannels to one peer.
+
+    nodes: which ranks are mapped, `pyep.channels.nodes.Nodes`.
+    nbytes: as it was asked for; puts must stay inside.
+    base: address of this rank's memory.  peers: the address at which this rank maps each rank's (its own too); 0 of port peers.
+    channels: address of the MemoryChannel handle for each mapped peer but this rank itself, else 0.
+    ports: address of the PortChannel handle for each port peer, else 0; there are `channels_per_peer(queue_pairs)`, one after
+        another.  Handles are those of `pyep.channels.handles`, in memory that kernels read.
     memory: what keeps this rank's memory, also beyond `close`, for arrays that lie in it.
     status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
     answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
@@ -28,6 +38,42 @@ class Transport:
     def write(self, offset, words):
         """Write a NumPy array of int64 into the own memory and wait until it is done."""
         raise NotImplementedError
+
+    def check(self):
+        """EPTransportError if a proxy of this rank has failed."""
+
+    def port_state(self, rank):
+        """What to know of the proxy that serves a port peer, in words, when it does not answer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def channel_bytes(num_ranks):
+        """Symmetric memory that `make_channels` needs."""
+        return 2 * LINE * num_ranks
+
+    def make_channels(self, offset):
+        """Set `channels`.  Their semaphores and handles lie from byte `offset` of all ranks' memory on, which must be 0 there.
+
+        For rank r two lines: the word to which r adds its signals; the word of those that were expected, and the handle.
+        """
+        self.channels = [0] * len(self.peers)
+        for rank, peer in enumerate(self.peers):
+            if peer and peer != self.base:
+                mine = self.base + offset + 2 * LINE * rank
+                remote = peer + offset + 2 * LINE * self.nodes.rank
+                self.channels[rank] = mine + LINE + 2 * WORD
+                words = memory_handle(mine, remote, mine + LINE, peer, self.base)
+                self.write(self.channels[rank] - self.base, np.array(words, np.int64))
+
+    def check_put(self, dst, src, nbytes):
+        """ValueError unless a put stays inside the symmetric memory.  To be called before a kernel makes it: for one that does not
+        the proxy of MSCCL++ ends the process."""
+        for name, value in (("dst", dst), ("src", src), ("nbytes", nbytes)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; expected bytes, at least 0")
+        for name, offset in (("dst", dst), ("src", src)):
+            if offset + nbytes > self.nbytes:
+                raise ValueError(f"{name} is {offset} and nbytes {nbytes}: beyond the {self.nbytes} bytes of symmetric memory")
 
     def close(self, meet):
         """Unmap the peers' memory, call `meet()`, and if that says that all ranks have come, free the own memory.
@@ -46,13 +92,29 @@ def host_identity():
         return os.uname().nodename
 
 
-def require_one_host(bootstrap, name, timeout_s):
-    """EPTransportError, on every rank, unless all ranks run on one host."""
-    hosts = bootstrap.allgather(host_identity(), timeout_s, "Buffer: comparing hosts")
-    others = [r for r, h in enumerate(hosts) if h != hosts[0]]
-    if others:
-        raise EPTransportError(f"transport {name!r} needs all ranks on one host (and in one container), but ranks {others} "
-                               "run on another than rank 0")
+def require_port_offsets(nbytes):
+    """EPTransportError where the symmetric memory is too large for the offsets that triggers hold."""
+    if nbytes > MAX_OFFSET:
+        raise EPTransportError(f"{nbytes} bytes of symmetric memory between nodes; PortChannels reach {MAX_OFFSET} (4 GiB): make "
+                               "num_rdma_bytes and num_nvl_bytes smaller")
+
+
+def num_proxies():
+    """PYEP_NUM_PROXIES: the proxies among which a rank's port peers are dealt, each with a FIFO of its own."""
+    text = os.environ.get("PYEP_NUM_PROXIES") or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"PYEP_NUM_PROXIES is {text!r}; expected a positive number of proxies")
+    return int(text)
+
+
+def channels_per_peer(queue_pairs):
+    """PortChannels to each port peer: as many as may be, each served by another proxy."""
+    return min(queue_pairs, num_proxies())
+
+
+def proxy_of(rank, peer, channel):
+    """The proxy that serves a channel to a peer: the same number on both ranks, and different ones for a pair's channels."""
+    return (rank + peer + channel) % num_proxies()
 
 
 class MpiBootstrap:
@@ -64,12 +126,18 @@ class MpiBootstrap:
     def __init__(self, comm, timeout_s):
         self.rank, self.size = comm.rank, comm.size
         self._tags = itertools.cycle(range(1, 32768))            # MPI promises tags up to 32767
-        self._comm, duplicated = comm.Idup()
+        self._comm = comm
+        self._comm = self.duplicate(timeout_s)
+
+    def duplicate(self, timeout_s):
+        """The communicator once more, for messages that meet no others."""
+        comm, duplicated = self._comm.Idup()
         deadline = time.monotonic() + timeout_s
         while not duplicated.Test():
             if time.monotonic() > deadline:
                 raise EPTimeoutError(f"Buffer: rank {self.rank} waited {timeout_s:g} s for the other ranks to make a Buffer too")
             time.sleep(20e-6)
+        return comm
 
     def allgather(self, value, timeout_s, what):
         """The values (anything that can be pickled) of all ranks, in rank order; EPTimeoutError that names who did not come."""
@@ -116,6 +184,10 @@ class TorchBootstrap:
         self._dist = dist
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+
+    def duplicate(self, timeout_s):
+        raise EPTransportError("between nodes the CPU engine needs an MPI communicator, since its ports send through MPI: pass "
+                               "comm= instead of group=")
 
     def allgather(self, value, timeout_s, what):
         self._wait(timeout_s, what)

@@ -12,8 +12,8 @@ from . import cache, llvm
 from .op import Cpu, bind
 
 
-def compile_kernel(fn, machine, constants):
-    """`fn` as a Numba function over int64 that releases the interpreter lock; from the disk cache if it is there."""
+def compile_kernel(fn, machine, constants, nogil=True):
+    """`fn` as a Numba function over int64 that releases the interpreter lock (or not); from the disk cache if it is there."""
     name, folder = cache.key(fn, machine, constants), cache.directory("cpu")
     bound = bind(fn, machine, **constants)
     bound.__name__ = bound.__qualname__ = name            # Numba's own cache looks at the name, not at the constants
@@ -21,7 +21,7 @@ def compile_kernel(fn, machine, constants):
     saved, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
         with cache.one_at_a_time(folder, name):
-            return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(bound)
+            return numba.njit(signature, nogil=nogil, error_model="numpy", cache=True)(bound)
     finally:
         numba.config.CACHE_DIR = saved
 

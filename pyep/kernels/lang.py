@@ -229,6 +229,16 @@ def st8_release(address, value):
     """Store 8 bytes after all that this thread has seen or stored."""
 
 
+@op(void, (i64, i64, i64), ptx="st.release.sys.global.v2.u64 [$0], {$1,$2};")
+def st16_release(address, first, second):
+    """Store two words after all that this thread has seen or stored.
+
+    On a GPU that is one access of 16 bytes.  On the CPU it is two: whoever acquires the second word sees the first.
+    """
+    st8_relaxed(address, first)
+    st8_release(address + 8, second)
+
+
 @op(void, (i64, i64), ptx="red.release.sys.global.add.u64 [$0], $1;", cpu=llvm.add_atomic("release"))
 def add8_release(address, value):
     """Add to 8 bytes after all that this thread has seen or stored."""
@@ -248,6 +258,11 @@ def add4(address, value):
 @op(i64, (i64, i64), ptx="atom.acq_rel.gpu.global.add.u64 $0, [$1], $2;", cpu=llvm.add_atomic("acq_rel"))
 def fetch_add8(address, value):
     """Add to 8 bytes of this rank's own memory and return what was there; acquire and release among this rank's threads."""
+
+
+@op(i64, (i64, i64), ptx="atom.relaxed.gpu.global.add.u64 $0, [$1], $2;", cpu=llvm.add_atomic("monotonic"))
+def fetch_add8_relaxed(address, value):
+    """Add to 8 bytes of this rank's own memory and return what was there; relaxed among this rank's threads."""
 
 
 @op(i64, (i64, i64, i64), ptx="atom.relaxed.gpu.global.cas.b64 $0, [$1], $2, $3;", cpu=llvm.swap_atomic)

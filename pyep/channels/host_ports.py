@@ -1,0 +1,73 @@
+"""The PortChannels of the CPU engine: FIFOs, handles and semaphores in the memory of the process, proxies that speak MPI."""
+import weakref
+
+import numpy as np
+from mpi4py import MPI
+
+from ..errors import EPTransportError
+from .fifo import Fifo
+from .handles import port_handle
+from .link import Link
+from .proxy import Proxy, memories
+from .transport import channels_per_peer, num_proxies, proxy_of
+
+FIFO_SIZE = 512                         # triggers
+
+LEVELS = {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED"}
+
+
+def require_threads():
+    """EPTransportError unless proxies may call MPI beside the main thread."""
+    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise EPTransportError(f"ports on the CPU engine need MPI's thread level MULTIPLE, but MPI was initialized with "
+                               f"{LEVELS[MPI.Query_thread()]}: leave mpi4py.rc.thread_level at \"multiple\" (its default), and "
+                               "take an MPI library that was built for it")
+
+
+class HostPorts:
+    """PortChannels to all ranks of other nodes; collective.  ports: the handles' addresses, 0 where there is none."""
+
+    def __init__(self, bootstrap, nodes, memory, failed, queue_pairs, timeout_s):
+        """memory: [bytes] uint8, this rank's symmetric memory.  failed: [1] int64 of it, which ends all waits of this rank."""
+        require_threads()
+        me, per_peer = bootstrap.rank, channels_per_peer(queue_pairs)
+        self._comm = bootstrap.duplicate(timeout_s)
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)             # an error there is an exception, and not the end of the process
+        fifos, links = [[make() for _ in range(num_proxies())] for make in (lambda: Fifo(FIFO_SIZE), list)]
+        self._words = np.zeros((len(nodes.of), per_peer, 12), np.int64)
+        self.ports, self._proxies_of = [0] * len(nodes.of), {}
+        for peer in (r for r in range(len(nodes.of)) if not nodes.holds(r)):
+            numbers = [proxy_of(me, peer, channel) for channel in range(per_peer)]
+            for channel, i in enumerate(numbers):
+                link, number = Link(self._comm, peer, i, memory), len(links[i])
+                links[i].append(link)
+                source, destination = memories(number)
+                self._words[peer, channel] = port_handle(number, link.inbound, link.expected, fifos[i], link.flush_done,
+                                                         destination, source)
+            self.ports[peer], self._proxies_of[peer] = self._words[peer].ctypes.data, numbers
+        self.proxies = [Proxy(fifo, served, failed) for fifo, served in zip(fifos, links)]
+        self._end = weakref.finalize(self, end, self.proxies)    # also if nobody closes it, and when the interpreter ends
+
+    def start(self):
+        for proxy in self.proxies:
+            proxy.start()
+
+    def check(self):
+        """EPTransportError if a proxy has failed."""
+        for proxy in self.proxies:
+            if proxy.error is not None:
+                raise EPTransportError(f"the proxy of this rank's ports has failed: {proxy.error}") from proxy.error
+
+    def state(self, rank):
+        return ", ".join(f"proxy {i}: {self.proxies[i].state()}" for i in self._proxies_of[rank])
+
+    def close(self, all_here, timeout_s):
+        """all_here: whether the ports of all ranks close now, none after an error: then what was pushed is sent to the end."""
+        if all([proxy.finish(timeout_s) for proxy in self.proxies if all_here]) and all_here:
+            self._comm.Free()
+        self._end()
+
+
+def end(proxies):
+    for proxy in proxies:
+        proxy.end()
