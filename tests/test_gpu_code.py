@@ -21,6 +21,7 @@ pytest.importorskip("cuda.core")
 pytest.importorskip("numba_cuda")
 
 import test_lang  # noqa: E402
+import test_port  # noqa: E402
 from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: E402
 
 from pyep.kernels import cuda, lang  # noqa: E402
@@ -526,6 +527,30 @@ def test_words_that_may_be_unwanted_are_loaded_at_once():
 def test_conversion_to_e4m3_takes_one_instruction_a_pair():
     found = opcodes(compiled(test_lang.quantize, 64).cubin)
     assert found.count("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C") == found.count("FMUL") // 2 > 0
+
+
+# ---- ports -----------------------------------------------------------------------------------------------------------
+
+PORT = ("st.release.sys.global.v2.u64", "atom.relaxed.gpu.global.add.u64", "ld.acquire.sys.global.s64", "ld.global.nc.s64",
+        "ld.relaxed.sys.global.s64", "st.relaxed.sys.global.s64")
+
+
+def test_a_trigger_is_stored_at_once():
+    """Its two words in one access: else the proxy might see words of two laps.  All four kinds are pushed one after another."""
+    code = compiled(test_port.push_all, 32, tuple(test_port.OFFSETS.items()))
+    assert [instruction for instruction in PORT if instruction not in code.ptx] == []
+    assert memory_instructions(code.ptx) <= KNOWN
+    found = opcodes(code.cubin)
+    assert found.count("STG.E.128.STRONG.SYS") == found.count("ATOMG.E.ADD.64.STRONG.GPU") == 4
+    for k in (k for k, opcode in enumerate(found) if opcode == "STG.E.128.STRONG.SYS"):
+        assert "MEMBAR.ALL.SYS" in found[:k]                     # a release
+
+
+def test_a_memory_channel_moves_vectors():
+    code = compiled(test_port.through_memory, 32, tuple(test_port.OFFSETS.items()))
+    assert "red.release.sys.global.add.u64" in code.ptx and memory_instructions(code.ptx) <= KNOWN
+    text = [i.name for i in sass(code.cubin) if i.name in ("LDG", "STG") and ".128" in i.opcode]
+    assert text[:8] == ["LDG"] * 4 + ["STG"] * 4                 # four loads are under way at once
 
 
 # ---- on the CPU ------------------------------------------------------------------------------------------------------

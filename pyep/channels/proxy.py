@@ -3,6 +3,7 @@
 It never waits for a peer, and needs neither the main thread nor the peers' to call MPI.
 """
 import ctypes
+import os
 import threading
 import time
 
@@ -10,8 +11,10 @@ from ..errors import EPTransportError
 from .handles import MAX_MEMORIES
 
 IN_FLIGHT = 64                          # messages to a peer that MPI has not sent yet, at most: it may be stuck
-NAP_S, LONG_NAP_S = 20e-6, 500e-6       # how long it sleeps when there is nothing to do, and when there was nothing for long
-SHORT_NAPS = 5000                       # about a quarter of a second
+# When there is nothing to do it lets others have the core so often, then takes short naps, and after about a quarter of a second
+# long ones: what it then costs is some percent of a core.
+YIELDS, SHORT_NAPS = 20, 5000
+NAP_S, LONG_NAP_S = 20e-6, 500e-6
 PR_SET_TIMERSLACK = 29
 
 
@@ -74,11 +77,8 @@ class Proxy:
         idle = 0
         try:
             while not (self._stopping or self._parted()):
-                if self._work():
-                    idle = 0
-                else:
-                    idle += 1
-                    time.sleep(NAP_S if idle < SHORT_NAPS else LONG_NAP_S)
+                idle = 0 if self._work() else idle + 1
+                rest(idle)
         except Exception as error:
             self.error = error
             self._failed[0] = 1
@@ -115,6 +115,14 @@ class Proxy:
 def memories(number):
     """The numbers of the memories that channel `number` of a proxy reads and writes: this rank's, and that peer's."""
     return 0, 1 + number
+
+
+def rest(idle):
+    """Leave the core to others; idle: how often in a row there was nothing to do."""
+    if 0 < idle <= YIELDS:
+        os.sched_yield()
+    elif idle:
+        time.sleep(NAP_S if idle <= SHORT_NAPS else LONG_NAP_S)
 
 
 def wake_in_time():

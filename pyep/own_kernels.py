@@ -1,0 +1,93 @@
+"""`Channels`: symmetric memory and channels between all ranks, for kernels of one's own.
+
+    def ring(base, timeout, to, port, source, source_port, nbytes):             # the first two arguments are given by `launch`
+        watch = base, timeout, 0
+        put_with_signal(watch, ROOM, to, port, 0, 0, nbytes)                    # from pyep.channels.port
+        wait(watch, SIGNAL, source, source_port)
+
+    with Channels(comm=comm, nbytes=1 << 20, waits={ROOM: "room for a trigger", SIGNAL: "its signal"}) as channels:
+        kernel = channels.kernel(ring)
+        channels.launch(kernel, ...)
+
+Device halves: `pyep.channels.port` and `pyep.channels.memory_channel`.  See also docs/kernel-language.md.
+"""
+import numpy as np
+
+from . import arrays, layout
+from .connection import Connection
+from .errors import EPTimeoutError
+
+
+class Channels:
+    """Collective; group, comm, transport, timeout_s and num_qps_per_rank are `Buffer`'s.
+
+    nbytes: of symmetric memory that kernels may use as they like.
+    waits: what a wait of a kernel waits for, in words, by the number that the kernel calls it, which is not 0.
+
+    rank, size, nodes: this rank, how many there are, which of them map each other's memory (`pyep.channels.nodes.Nodes`).
+    engine, transport: their names.
+    offset, memory: that of the bytes in the symmetric memory, for puts; this rank's as an array [nbytes] of uint8 (NumPy, CuPy).
+    ports, channels: addresses of handles by rank, 0 where there is none: of PortChannels to ranks of other nodes, of
+        MemoryChannels to ranks of this node.
+    """
+
+    def __init__(self, group=None, comm=None, nbytes=0, waits=None, *, transport="auto", timeout_s=100.0, num_qps_per_rank=1):
+        self._connection = connection = Connection(group, comm, 0, layout.align(nbytes), transport, timeout_s,
+                                                   num_qps_per_rank)
+        connection.words_for.update({number: self._error_from for number in waits or {}})
+        self._waits = waits
+        self.rank, self.size, self.nodes = connection.rank, connection.size, connection.nodes
+        self.engine, self.transport = connection.engine.name, connection.transport.name
+        self.ports, self.channels = connection.transport.ports, connection.transport.channels
+        self.offset = connection.heap.offset
+        self.memory = self.array((nbytes,), np.uint8)
+
+    def array(self, shape, dtype, offset=0):
+        """Part of `memory` as an array, not copied; offset: in `memory`, in bytes."""
+        connection = self._connection
+        at = connection.transport.base + self.offset
+        whole = arrays.Memory(self.engine, at, (connection.heap.nbytes,), connection.transport.memory)
+        return arrays.view(whole, dtype, shape, offset)
+
+    def check_put(self, dst, src, nbytes):
+        """ValueError unless a put of these arguments stays inside the symmetric memory."""
+        self._connection.transport.check_put(dst, src, nbytes)
+
+    def kernel(self, fn, blocks=1, threads=32, **constants):
+        """A compiled kernel for `launch`; on the CPU engine PYEP_CPU_SHAPE says how many threads a block has."""
+        control = layout.control(self.size)
+        offsets = dict(STATUS=control["status"].offset, FAILED=control["failed"].offset)
+        return self._connection.engine.kernel(fn, blocks, threads, **offsets, **constants)
+
+    def launch(self, kernel, *args):
+        """Launch a kernel with (address of the symmetric memory, timeout in ns, *args), all ints, on the current stream."""
+        connection = self._connection
+        connection.require_usable()
+        stream = arrays.library_of(self.memory, "memory").stream()
+        connection.launch(kernel, stream, connection.transport.base, connection.timeout_ns, *args)
+
+    def synchronize(self):
+        """Wait until what was launched has run; raise what went wrong in it."""
+        self._connection.engine.synchronize()
+        self._connection.check()
+
+    def meet(self):
+        """Return once all ranks have called it."""
+        self._connection.meet("Channels.meet")
+
+    def close(self):
+        """Free everything; collective, idempotent.  As `Buffer.destroy`."""
+        self.memory = None
+        self._connection.close()
+
+    def _error_from(self, record):
+        return EPTimeoutError(f"rank {self.rank} waited {self._connection.timeout_s:g} s for rank {record['peer']}: "
+                              f"{self._waits[record['wait']]}; expected {record['expected']}, seen {record['seen']}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None and self._connection.error is None:
+            self._connection.error = error                       # the other ranks may never come: do not wait for them
+        self.close()
