@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import ranks
+from engine import on_gpu
 
+cpu_only = pytest.mark.skipif(on_gpu(), reason="ports on GPUs need transport \"mscclpp\"")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TEXT = bytes(range(32, 127)) * 3
 
@@ -82,6 +84,35 @@ def test_modes_fails(tmp_path):
     (tmp_path / "wrong.py").write_text(program.replace(right, "idx, 2 * weights, got.handle)"))
     done = mpi(2, tmp_path / "wrong.py")
     assert done.returncode == 1 and "FAIL" in done.stdout and "PASS" not in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("n, per_node, kinds", [
+    (2, "2", ["memory"]), pytest.param(2, "1", ["port"], marks=cpu_only), pytest.param(3, "2", ["memory", "port"], marks=cpu_only)])
+def test_ping_pong(n, per_node, kinds, monkeypatch):
+    monkeypatch.setenv("PYEP_RANKS_PER_NODE", per_node)
+    done = mpi(n, EXAMPLES / "ping_pong.py")
+    assert_passes(done)
+    header, *rows, _ = done.stdout.splitlines()
+    assert header.split()[-len(kinds):] == kinds and len(rows) == 9
+    for row in rows:
+        nbytes, *figures = [float(word.replace(",", "")) for word in row.split()]
+        for us, gb in zip(figures[::2], figures[1::2], strict=True):
+            assert us > 0 and abs(gb - nbytes / us / 1e3) < 0.001 + 0.05 * gb
+        assert len(figures) == 2 * len(kinds)
+
+
+def test_ping_pong_fails(tmp_path):
+    """Where one rank sends something else."""
+    program, right = (EXAMPLES / "ping_pong.py").read_text(), "xp.asarray(bytes_of(comm.rank))"
+    assert program.count(right) == 1
+    (tmp_path / "wrong.py").write_text(program.replace(right, "xp.asarray(bytes_of(0))"))
+    done = mpi(2, tmp_path / "wrong.py")
+    assert done.returncode == 1 and "FAIL" in done.stdout and "PASS" not in done.stdout, done.stdout + done.stderr
+
+
+def test_ping_pong_alone():
+    done = mpi(1, EXAMPLES / "ping_pong.py")
+    assert done.returncode == 1 and "needs two ranks or more" in done.stderr, done.stdout + done.stderr
 
 
 def test_moe_layer_by_default():

@@ -1,4 +1,6 @@
 """The FIFO of triggers between kernels and a proxy, in the memory of the process: what MSCCL++ makes for its own proxies."""
+import functools
+
 import numpy as np
 
 from ..kernels.cpu import compile_kernel
@@ -14,6 +16,7 @@ def store(address, value):
     st8_release(address, value)
 
 
+@functools.cache
 def host_code(fn):
     """A function of the kernel language for a thread of the host to call.  It keeps the interpreter lock: to get that back from a
     busy main thread may take 5 ms."""

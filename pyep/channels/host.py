@@ -36,8 +36,6 @@ class HostTransport(Transport):
 
     def __init__(self, bootstrap, nbytes, timeout_s, queue_pairs):
         self.nodes, self.nbytes, self._timeout_s, self._ports = find_nodes(bootstrap, timeout_s), nbytes, timeout_s, None
-        if self.nodes.count > 1:
-            require_port_offsets(nbytes)
         channels_at = align(nbytes)
         self._map_all(bootstrap, channels_at + self.channel_bytes(bootstrap.size), timeout_s)
         self.peers = [0 if b is None else b.ctypes.data for b in self._bytes]
@@ -79,6 +77,7 @@ class HostTransport(Transport):
 
     def _open_ports(self, bootstrap, queue_pairs):
         from .host_ports import HostPorts
+        require_port_offsets(self.nbytes)
         at = control(bootstrap.size)["failed"].offset
         failed = self._own[at:at + WORD].view(np.int64)
         self._ports = HostPorts(bootstrap, self.nodes, self._own[:self.nbytes], failed, queue_pairs, self._timeout_s)
