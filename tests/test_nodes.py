@@ -133,6 +133,22 @@ def test_mpi_without_threads():
         assert "thread level MULTIPLE, but MPI was initialized with SERIALIZED" in text and "mpi4py.rc.thread_level" in text
 
 
+def refuse_settings(comm):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYEP_RANKS_PER_NODE", "1")
+        with pytest.raises(ValueError, match=r"num_qps_per_rank differs between ranks: \[1, 2\], by rank"):
+            patch.setenv("PYEP_NUM_PROXIES", "2")
+            Channels(comm=comm, num_qps_per_rank=1 + comm.rank)
+        with pytest.raises(ValueError, match=r"PYEP_NUM_PROXIES differs between ranks: \[3, 4\], by rank"):
+            patch.setenv("PYEP_NUM_PROXIES", str(3 + comm.rank))
+            Channels(comm=comm)
+
+
+@cpu_only
+def test_ranks_with_different_settings():
+    ranks.run(2, refuse_settings)
+
+
 def refuse_size(comm):
     return refused(comm, nbytes=1 << 32)
 

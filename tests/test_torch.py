@@ -55,6 +55,22 @@ def round_in_group(comm, folder):
     return "done"
 
 
+def ports_of_a_group(comm, folder):
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=comm.rank, world_size=comm.size)
+    with pytest.raises(pyep.EPTransportError) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYEP_RANKS_PER_NODE", "1")
+        pyep.Buffer(dist.group.WORLD, 0, 1 << 20)
+    dist.destroy_process_group()
+    return str(caught.value)
+
+
+@pytest.mark.skipif(on_gpu(), reason="about the ports of the CPU engine")
+def test_ports_need_a_communicator(tmp_path):
+    done = ranks.launch(2, ports_of_a_group, str(tmp_path), timeout=200)
+    assert not done.errors and all("pass comm= instead of group=" in text for text in done.results), done
+
+
 def test_process_group(tmp_path):
     """A process of its own for each rank: CuPy and PyTorch each like to be first."""
     done = ranks.launch(3, round_in_group, str(tmp_path), timeout=200)

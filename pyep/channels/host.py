@@ -14,7 +14,7 @@ from ..errors import EPTransportError
 from ..layout import WORD, align, control
 from .memory import HOST_WORDS, RECORD
 from .nodes import find_nodes
-from .transport import Transport, require_port_offsets
+from .transport import Transport, channels_per_peer, num_proxies, require_port_offsets
 
 
 def _anonymous_file(nbytes):
@@ -76,11 +76,17 @@ class HostTransport(Transport):
             os.close(theirs)
 
     def _open_ports(self, bootstrap, queue_pairs):
-        from .host_ports import HostPorts
         require_port_offsets(self.nbytes)
+        settings = dict(PYEP_NUM_PROXIES=num_proxies(), num_qps_per_rank=channels_per_peer(queue_pairs))
+        told = bootstrap.allgather(settings, self._timeout_s, "Buffer: comparing settings of ports")
+        for name in settings:
+            if len({s[name] for s in told}) > 1:
+                raise ValueError(f"{name} differs between ranks: {[s[name] for s in told]}, by rank")
+        comm = bootstrap.duplicate(self._timeout_s)
+        from .host_ports import HostPorts                        # which needs an MPI library
         at = control(bootstrap.size)["failed"].offset
         failed = self._own[at:at + WORD].view(np.int64)
-        self._ports = HostPorts(bootstrap, self.nodes, self._own[:self.nbytes], failed, queue_pairs, self._timeout_s)
+        self._ports = HostPorts(comm, self.nodes, self._own[:self.nbytes], failed, queue_pairs)
         self.ports = self._ports.ports
         self._ports.start()
 

@@ -27,19 +27,20 @@ def require_threads():
 class HostPorts:
     """PortChannels to all ranks of other nodes; collective.  ports: the handles' addresses, 0 where there is none."""
 
-    def __init__(self, bootstrap, nodes, memory, failed, queue_pairs, timeout_s):
-        """memory: [bytes] uint8, this rank's symmetric memory.  failed: [1] int64 of it, which ends all waits of this rank."""
+    def __init__(self, comm, nodes, memory, failed, queue_pairs):
+        """comm: for proxies alone.  memory: [bytes] uint8, this rank's symmetric memory.  failed: see `Proxy`."""
         require_threads()
-        me, per_peer = bootstrap.rank, channels_per_peer(queue_pairs)
-        self._comm = bootstrap.duplicate(timeout_s)
-        self._comm.Set_errhandler(MPI.ERRORS_RETURN)             # an error there is an exception, and not the end of the process
-        fifos, links = [[make() for _ in range(num_proxies())] for make in (lambda: Fifo(FIFO_SIZE), list)]
+        me, per_peer = nodes.rank, channels_per_peer(queue_pairs)
+        comm.Set_errhandler(MPI.ERRORS_RETURN)                   # an error there is an exception, and not the end of the process
+        self._comm = comm
+        fifos = [Fifo(FIFO_SIZE) for _ in range(num_proxies())]
+        links = [[] for _ in fifos]
         self._words = np.zeros((len(nodes.of), per_peer, 12), np.int64)
         self.ports, self._proxies_of = [0] * len(nodes.of), {}
         for peer in (r for r in range(len(nodes.of)) if not nodes.holds(r)):
             numbers = [proxy_of(me, peer, channel) for channel in range(per_peer)]
             for channel, i in enumerate(numbers):
-                link, number = Link(self._comm, peer, i, memory), len(links[i])
+                link, number = Link(comm, peer, i, memory), len(links[i])
                 links[i].append(link)
                 source, destination = memories(number)
                 self._words[peer, channel] = port_handle(number, link.inbound, link.expected, fifos[i], link.flush_done,
