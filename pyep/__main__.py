@@ -1,9 +1,8 @@
-"""The command line: `mpiexec -n 4 python -m pyep bench ll`; `--help` says more."""
+"""The command line: `mpiexec -n 4 python -m pyep bench ll`, `python -m pyep doctor`; `--help` says more."""
 import argparse
+import sys
 
-from mpi4py.run import set_abort_status
-
-from . import bench
+from . import bench, doctor
 
 
 def make_parser():
@@ -11,6 +10,7 @@ def make_parser():
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     benchmarks = commands.add_parser("bench", help="measure latency and bandwidth", description="Measure latency and bandwidth.")
     bench.add_commands(benchmarks.add_subparsers(title="benchmarks", required=True, metavar="benchmark"))
+    doctor.add_command(commands)
     return parser
 
 
@@ -39,18 +39,34 @@ def read_once(argv, comm):
     return args
 
 
+def world(argv):
+    """All of MPI's ranks; where MPI does not start, one rank alone for the doctor, whom one asks why."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):                          # RuntimeError: there is no MPI library
+        if argv[:1] != ["doctor"]:
+            raise
+        return doctor.Alone()
+    return MPI.COMM_WORLD
+
+
 def main(argv=None, comm=None):
     """Run a command on all ranks of `comm` (default: the world) and return its exit status."""
-    if comm is None:
-        from mpi4py import MPI
-        comm = MPI.COMM_WORLD
+    argv = sys.argv[1:] if argv is None else argv
+    comm = world(argv) if comm is None else comm
     args = read_once(argv, comm)
     return args.run(args, comm)
 
 
-if __name__ == "__main__":
+def script():
+    """The console script `pyep`, and `python -m pyep`."""
     try:
         raise SystemExit(main())
     except Exception:
+        from mpi4py.run import set_abort_status
         set_abort_status(1)                                      # as `python -m mpi4py` does: no rank waits for this one
         raise
+
+
+if __name__ == "__main__":
+    script()

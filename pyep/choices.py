@@ -4,7 +4,7 @@ import os
 from .channels.transport import host_identity
 from .errors import EPTransportError
 
-TRANSPORTS = {"host": "cpu", "ipc": "cuda"}      # the engine that each serves
+TRANSPORTS = {"host": "cpu", "ipc": "cuda", "mscclpp": "cuda"}   # the engine that each serves
 
 
 def choose_device():
@@ -38,20 +38,27 @@ def choose_engine(device, bootstrap, timeout_s):
     return cuda.CudaEngine(local_rank % cuda.device_count() if current is None else current)
 
 
-def choose_transport(name, device):
-    """The class of a transport by name; "auto" is PYEP_TRANSPORT, or what serves the engine."""
+def choose_transport(name, device, num_nodes=1):
+    """The class of a transport by name; "auto" is PYEP_TRANSPORT, or what serves the engine on so many nodes."""
     variable = "transport"
     if name == "auto" and os.environ.get("PYEP_TRANSPORT"):
         variable, name = "PYEP_TRANSPORT", os.environ["PYEP_TRANSPORT"]
     if name == "auto":
-        name = {"cpu": "host", "cuda": "ipc"}[device]
+        name = "host" if device == "cpu" else "ipc" if num_nodes == 1 else "mscclpp"
     if name not in TRANSPORTS:
-        raise ValueError(f"{variable} is {name!r}; expected \"auto\", \"host\" or \"ipc\"")
+        raise ValueError(f"{variable} is {name!r}; expected \"auto\", {', '.join(map(quoted, TRANSPORTS))}")
     if TRANSPORTS[name] != device:
-        raise EPTransportError(f"{variable} is {name!r}, which does not serve the {device} engine: use \"host\" with cpu, "
-                               "\"ipc\" with cuda")
+        serve = " or ".join(quoted(n) for n, engine in TRANSPORTS.items() if engine == device)
+        raise EPTransportError(f"{variable} is {name!r}, which does not serve the {device} engine: that has {serve}")
     if name == "host":
         from .channels.host import HostTransport
         return HostTransport
-    from .channels.ipc import IpcTransport
-    return IpcTransport
+    if name == "ipc":
+        from .channels.ipc import IpcTransport
+        return IpcTransport
+    from .channels.mscclpp import MscclppTransport
+    return MscclppTransport
+
+
+def quoted(name):
+    return f'"{name}"'

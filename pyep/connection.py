@@ -3,6 +3,7 @@ import numpy as np
 
 from . import layout
 from .channels.memory import RECORD
+from .channels.nodes import find_nodes
 from .channels.transport import MpiBootstrap, TorchBootstrap
 from .choices import choose_device, choose_engine, choose_transport
 from .errors import EPClosedError, EPError, EPTimeoutError
@@ -28,19 +29,20 @@ class Connection:
     def __init__(self, group, comm, num_rdma_bytes, num_nvl_bytes, transport, timeout_s, num_qps_per_rank=1):
         self.transport = self.error = None
         device = choose_device()
-        transport = choose_transport(transport, device)
+        choose_transport(transport, device)                      # for its errors, before anybody waits
         self.timeout_s, self.timeout_ns, self.words_for = timeout_s, int(timeout_s * 1e9), {}
         self._bootstrap = MpiBootstrap(comm, timeout_s) if comm is not None else TorchBootstrap(group)
         self.rank, self.size = self._bootstrap.rank, self._bootstrap.size
         self._require_same("num_rdma_bytes", num_rdma_bytes)
         self._require_same("num_nvl_bytes", num_nvl_bytes)
+        self.nodes = find_nodes(self._bootstrap, timeout_s)
         self.engine = choose_engine(device, self._bootstrap, timeout_s)
         self.streams = Streams(self.engine)
         self.nbytes = max(num_rdma_bytes, layout.control_bytes(self.size))
         self.half_bytes = layout.half_capacity(self.nbytes, self.size)
         heap = layout.heap_offset(num_rdma_bytes, self.size)
-        self.transport = transport(self._bootstrap, heap + num_nvl_bytes, timeout_s, num_qps_per_rank)
-        self.nodes = self.transport.nodes
+        make = choose_transport(transport, device, self.nodes.count)
+        self.transport = make(self._bootstrap, self.nodes, heap + num_nvl_bytes, timeout_s, num_qps_per_rank)
         self.heap = Heap(heap, num_nvl_bytes, self.transport.memory)
         try:
             self.write_control()

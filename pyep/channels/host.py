@@ -13,7 +13,6 @@ import numpy as np
 from ..errors import EPTransportError
 from ..layout import WORD, align, control
 from .memory import HOST_WORDS, RECORD
-from .nodes import find_nodes
 from .transport import Transport, channels_per_peer, num_proxies, require_port_offsets
 
 
@@ -34,8 +33,8 @@ class HostTransport(Transport):
 
     name = "host"
 
-    def __init__(self, bootstrap, nbytes, timeout_s, queue_pairs):
-        self.nodes, self.nbytes, self._timeout_s, self._ports = find_nodes(bootstrap, timeout_s), nbytes, timeout_s, None
+    def __init__(self, bootstrap, nodes, nbytes, timeout_s, queue_pairs):
+        self.nodes, self.nbytes, self._timeout_s, self._ports = nodes, nbytes, timeout_s, None
         channels_at = align(nbytes)
         self._map_all(bootstrap, channels_at + self.channel_bytes(bootstrap.size), timeout_s)
         self.peers = [0 if b is None else b.ctypes.data for b in self._bytes]

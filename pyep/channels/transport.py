@@ -16,7 +16,7 @@ class Transport:
     """Symmetric memory: `nbytes` on every rank.  A peer of this rank's node is *mapped*: its memory has an address here.  To any
     other, a *port peer*, there is a PortChannel.
 
-    Made collectively, by (bootstrap, nbytes, timeout_s, queue_pairs); queue_pairs: the most PortChannels to one peer.
+    Made collectively, by (bootstrap, nodes, nbytes, timeout_s, queue_pairs); queue_pairs: the most PortChannels to one peer.
 
     nodes: which ranks are mapped, `pyep.channels.nodes.Nodes`.
     nbytes: as it was asked for; puts must stay inside.
@@ -24,12 +24,14 @@ class Transport:
     channels: address of the MemoryChannel handle for each mapped peer but this rank itself, else 0.
     ports: address of the PortChannel handle for each port peer, else 0; there are `channels_per_peer(queue_pairs)`, one after
         another.  Handles are those of `pyep.channels.handles`, in memory that kernels read.
+    orders_puts: whether a put is visible to a port peer before later puts of its channel.  Before later signals it always is.
     memory: what keeps this rank's memory, also beyond `close`, for arrays that lie in it.
     status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
     answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
     """
 
     name = ""
+    orders_puts = True
 
     def fill(self, offset, nbytes, value):
         """Set bytes of the own memory to `value` and wait until it is done."""

@@ -1,0 +1,85 @@
+"""What the transports between GPUs share: this rank's symmetric memory, and the words that kernels write for the host."""
+import ctypes
+
+from cuda.bindings import runtime
+
+from ..errors import EPTransportError
+from .memory import HOST_WORDS, RECORD
+from .transport import Transport
+
+
+def call(function, *args):
+    """A CUDA runtime call; EPTransportError with CUDA's words if it fails."""
+    error, *results = function(*args)
+    if error != runtime.cudaError_t.cudaSuccess:
+        _, text = runtime.cudaGetErrorString(error)
+        raise EPTransportError(f"{function.__name__} failed: {text.decode()}")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+class Memory:
+    """GPU memory of this rank.  It is freed once nobody refers to it, no array of a result either, if all ranks have let go of it;
+    else a peer may still write, and it goes with the process."""
+
+    def __init__(self, nbytes):
+        self.may_be_freed = False
+        self.address = call(runtime.cudaMalloc, nbytes)
+        call(runtime.cudaMemset, self.address, 0, nbytes)
+        call(runtime.cudaDeviceSynchronize)
+
+    def __del__(self, free=runtime.cudaFree):
+        if self.may_be_freed:
+            free(self.address)
+
+
+class GpuTransport(Transport):
+    """A transport whose symmetric memory is the current GPU's."""
+
+    def __init__(self, nodes, nbytes):
+        self.nodes, self.nbytes = nodes, nbytes
+        self.memory = self._pinned = None
+
+    def _allocate(self, nbytes):
+        """Make `memory`, of that many bytes, all 0, and the words that kernels write for the host."""
+        self.memory = Memory(nbytes)
+        self.base = int(self.memory.address)
+        self._pinned = call(runtime.cudaHostAlloc, 8 * (len(RECORD) + HOST_WORDS), runtime.cudaHostAllocMapped)
+        ctypes.memset(int(self._pinned), 0, 8 * (len(RECORD) + HOST_WORDS))
+        self.record = (ctypes.c_int64 * len(RECORD)).from_address(int(self._pinned))
+        self.answer = (ctypes.c_int64 * HOST_WORDS).from_address(int(self._pinned) + 8 * len(RECORD))
+        self.status = int(call(runtime.cudaHostGetDevicePointer, self._pinned, 0))
+        self.answers = self.status + 8 * len(RECORD)
+
+    def _free(self, all_here):
+        """all_here: whether all ranks have let go of this rank's memory."""
+        if self.memory is not None:
+            self.memory.may_be_freed = all_here
+        if self._pinned is not None:
+            runtime.cudaFreeHost(self._pinned)                   # errors are ignored: after a kernel fault every call fails
+        self.memory = self._pinned = None
+
+    def fill(self, offset, nbytes, value):
+        call(runtime.cudaMemset, self.base + offset, value, nbytes)
+        call(runtime.cudaDeviceSynchronize)
+
+    def write(self, offset, words):
+        call(runtime.cudaMemcpy, self.base + offset, words.ctypes.data, words.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        call(runtime.cudaDeviceSynchronize)
+
+
+def bus_of_gpu():
+    """The PCI address of the current GPU: what all processes of a host call it."""
+    return call(runtime.cudaDeviceGetPCIBusId, 32, call(runtime.cudaGetDevice))
+
+
+def require_peer_access(buses):
+    """EPTransportError unless the current GPU can access the memory of others.  buses: {rank: the PCI address of its GPU}."""
+    device = call(runtime.cudaGetDevice)
+    for rank, bus in buses.items():
+        error, peer = runtime.cudaDeviceGetByPCIBusId(bus)
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise EPTransportError(f"the GPU of rank {rank} ({bus.decode()}) is hidden from this process: "
+                                   "let every rank see all GPUs (CUDA_VISIBLE_DEVICES)")
+        if peer != device and not call(runtime.cudaDeviceCanAccessPeer, device, peer):
+            raise EPTransportError(f"GPU {device} cannot access the memory of GPU {peer} (rank {rank}): no NVLink or PCIe "
+                                   "peer-to-peer path; see `nvidia-smi topo -p2p r`")

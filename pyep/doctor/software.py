@@ -1,0 +1,117 @@
+"""What is installed: packages, MPI, MSCCL++, and the environment variables that change what pyep does."""
+import ctypes
+import importlib.metadata
+import os
+import platform
+from typing import NamedTuple
+
+from ..channels import mscclpp_package
+from ..choices import choose_device
+from ..errors import EPTransportError
+from ..version import __version__
+from .finding import Finding, Section, seen
+
+VARIABLES = "PYEP_", "MSCCLPP_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
+DRIVER = "libcuda.so.1"
+LEVELS = "SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"
+
+
+class Group(NamedTuple):
+    """Packages that are installed together, as an extra of pyep; "" is pyep itself."""
+
+    what: str
+    extra: str
+    names: tuple
+    use: str                            # when they are wanted
+
+
+GROUPS = (
+    Group("packages", "", ("numpy", "numba", "llvmlite", "ml_dtypes", "mpi4py"), "always"),
+    Group("for GPUs", "cuda", ("numba-cuda", "cuda-core", "cuda-bindings", "nvidia-nvvm", "nvidia-cuda-nvrtc", "nvidia-nvjitlink"),
+          "on GPUs"),
+    Group("for CuPy", "cuda", ("cupy-cuda13x",), "for CuPy's arrays, and by MSCCL++"),
+    Group("for PyTorch", "torch", ("torch",), "for its tensors"),
+    Group("for bench", "bench", ("tabulate", "tqdm", "matplotlib"), "by `pyep bench`"),
+)
+
+
+def look(comm):
+    """The sections of this file."""
+    installed = [found for group in GROUPS for found in seen(group.what, packages, group)]
+    return [Section("software", [*seen("pyep", pyep), *seen("engine", engine), *installed, *seen("MPI", mpi, comm),
+                                 *seen("MSCCL++", mscclpp)]),
+            Section("environment", settings())]
+
+
+def pyep():
+    return Finding("pyep", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
+
+
+def engine():
+    """Which engine a Buffer would use."""
+    try:
+        return Finding("engine", choose_device())
+    except (EPTransportError, ValueError) as error:              # they say what to do
+        return Finding("engine", "none", str(error))
+
+
+def packages(group):
+    """The versions of a group of packages."""
+    versions = {name: version_of(name) for name in group.names}
+    missing = [name for name, version in versions.items() if version is None]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    if not missing:
+        return Finding(group.what, found)
+    needed = group.use == "always" or group.use == "on GPUs" and has_driver()
+    target = f"'pyep[{group.extra}]'" if group.extra else "pyep"
+    lacks = f"not installed: {', '.join(missing)} (needed {group.use})"
+    return Finding(group.what, "; ".join(filter(None, (found, lacks))), f"pip install {target}", optional=not needed)
+
+
+def version_of(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_driver():
+    """Whether there is an NVIDIA driver."""
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return False
+    return True
+
+
+def mpi(comm):
+    """The MPI library and its thread level."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:                 # RuntimeError: there is no MPI library
+        return Finding("MPI", f"does not start: {error} (torch.distributed groups do without)",
+                       "pip install 'pyep[mpi]', or install Open MPI or MPICH", optional=version_of("torch") is not None)
+    level = next(name for name in LEVELS if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
+    name, version = MPI.get_vendor()
+    found = f"{name} {'.'.join(map(str, version))}, thread level {level}, {comm.size} rank{'s' * (comm.size > 1)}"
+    if level == "MULTIPLE":
+        return Finding("MPI", found)
+    return Finding("MPI", f"{found} (ports of the CPU engine need MULTIPLE)",
+                   "leave mpi4py.rc.thread_level at \"multiple\", and take an MPI library that was built for it", optional=True)
+
+
+def mscclpp():
+    """MSCCL++ and the layout of its handles."""
+    use = "(needed between nodes of GPUs)"
+    try:
+        package = mscclpp_package.load()
+    except mscclpp_package.UnusablePackage as error:
+        return Finding("MSCCL++", f"{error.what} {use}", error.fix, optional=True)
+    sizes = mscclpp_package.handle_sizes(package)
+    return Finding("MSCCL++", f"{package.version}, PortChannel handles of {sizes[0]} bytes, MemoryChannel handles of {sizes[1]}")
+
+
+def settings():
+    """The environment variables that are set."""
+    names = sorted(name for name in os.environ if name.startswith(VARIABLES))
+    return [Finding(name, os.environ[name]) for name in names] or [Finding("variables", "none of PYEP_... and MSCCLPP_... is set")]
