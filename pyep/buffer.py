@@ -19,7 +19,8 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.
     num_qps_per_rank: the most channels to one rank of another node; there are as many, but no more than PYEP_NUM_PROXIES.
     low_latency_mode, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for DeepEP's sake.
-    transport: "auto", "host" (CPU engine) or "ipc" (GPUs of one host); the environment's PYEP_TRANSPORT overrides "auto".
+    transport: "auto"; "host" for the CPU engine; for GPUs "ipc", of one host, or "mscclpp", of several too.  "auto" is "ipc" on one
+        node and "mscclpp" on more, unless the environment's PYEP_TRANSPORT says otherwise.
     timeout_s: how long a rank waits for another before it raises `EPTimeoutError`.
 
     The engine is the GPU where one is visible, unless PYEP_DEVICE=cpu says otherwise.  All calls on a buffer must be ordered:
@@ -40,7 +41,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         HighThroughputOperations.__init__(self, connection, self.num_nvl_bytes)
         self.rank, self.group_size = self._connection.rank, self._connection.size
         self.engine = self._connection.engine.name               # "cpu" or "cuda"
-        self.transport = self._connection.transport.name         # "host" or "ipc"
+        self.transport = self._connection.transport.name         # "host", "ipc" or "mscclpp"
 
     # ---- queries -----------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ def run(args, comm):
 def measure(point, args, comm):
     """One point: a dict for each mode, with the point, the mode and the figures by row of the table."""
     with args.benchmark.make_buffer(point, args, comm) as buf:
+        args.transport_name = buf.transport
         library = devices.make(args.array, buf)
         with library.stream():
             operations = args.benchmark.make_operations(buf, library, point, args)

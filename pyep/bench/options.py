@@ -87,7 +87,7 @@ def complete(args, num_ranks):
     require_packages(["tabulate", "tqdm"] + ["matplotlib"] * bool(args.plot))
     try:
         args.engine = choose_device()
-        args.transport_name = choose_transport(args.transport, args.engine).name
+        choose_transport(args.transport, args.engine)            # for its errors: "auto" depends on the nodes
     except EPTransportError as error:
         raise ValueError(str(error)) from error
     on_gpu = args.engine == "cuda"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..channels import infiniband
 from .finding import Finding, Section, seen
-from .software import DRIVER, has_driver
+from .software import DRIVER, gpus_wanted, has_driver
 
 OLDEST_CUDA = 13000                     # of the driver: what nvidia-nvvm 13.0 writes PTX for
 PEER_MEMORY = Path("/sys/module/nvidia_peermem")
@@ -27,10 +27,12 @@ def driver():
     version = ctypes.c_int()
     error = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
     if error:
-        return Finding("driver", f"there, but cuDriverGetVersion fails with error {error}", "see `nvidia-smi`")
+        return Finding("driver", f"there, but cuDriverGetVersion fails with error {error}", "see `nvidia-smi`",
+                       optional=not gpus_wanted())
     found = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     if version.value < OLDEST_CUDA:
-        return Finding("driver", f"{found}; pyep needs 13.0", "install a driver of CUDA 13.0 or newer (release 580)")
+        fix = "install a driver of CUDA 13.0 or newer (release 580)"
+        return Finding("driver", f"{found}; pyep needs 13.0", fix, optional=not gpus_wanted())
     return Finding("driver", found)
 
 
@@ -38,11 +40,12 @@ def gpus():
     """A line for each GPU that this process sees."""
     runtime = cuda_runtime()
     if runtime is None:
-        return Finding("GPUs", "cannot be looked at without the package cuda-bindings", "pip install 'pyep[cuda]'")
+        return Finding("GPUs", "cannot be looked at without the package cuda-bindings", "pip install 'pyep[cuda]'",
+                       optional=not gpus_wanted())
     error, count = runtime.cudaGetDeviceCount()
     if error or not count:
         hidden = f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']})" if "CUDA_VISIBLE_DEVICES" in os.environ else ""
-        return Finding("GPUs", f"none is visible{hidden}", "see `nvidia-smi` and CUDA_VISIBLE_DEVICES")
+        return Finding("GPUs", f"none is visible{hidden}", "see `nvidia-smi` and CUDA_VISIBLE_DEVICES", optional=not gpus_wanted())
     return [Finding(f"GPU {i}", describe(runtime, i)) for i in range(count)]
 
 

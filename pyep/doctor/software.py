@@ -37,10 +37,11 @@ GROUPS = (
 
 def look(comm):
     """The sections of this file."""
+    environment = Section("environment", settings())             # before anything is imported that adds to it
     installed = [found for group in GROUPS for found in seen(group.what, packages, group)]
     return [Section("software", [*seen("pyep", pyep), *seen("engine", engine), *installed, *seen("MPI", mpi, comm),
                                  *seen("MSCCL++", mscclpp)]),
-            Section("environment", settings())]
+            environment]
 
 
 def pyep():
@@ -62,7 +63,7 @@ def packages(group):
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     if not missing:
         return Finding(group.what, found)
-    needed = group.use == "always" or group.use == "on GPUs" and has_driver()
+    needed = group.use == "always" or group.use == "on GPUs" and gpus_wanted()
     target = f"'pyep[{group.extra}]'" if group.extra else "pyep"
     lacks = f"not installed: {', '.join(missing)} (needed {group.use})"
     return Finding(group.what, "; ".join(filter(None, (found, lacks))), f"pip install {target}", optional=not needed)
@@ -82,6 +83,10 @@ def has_driver():
     except OSError:
         return False
     return True
+
+
+def gpus_wanted():
+    return has_driver() and os.environ.get("PYEP_DEVICE", "").lower() != "cpu"
 
 
 def mpi(comm):
