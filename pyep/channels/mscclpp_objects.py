@@ -1,8 +1,8 @@
 """MSCCL++'s objects: what connects a rank with its peers, the proxies that serve its PortChannels, and their end.
 
-Every one of them must be gone before the interpreter ends, or the process aborts: no module keeps any, nor does an exception, and
-`Objects` says when they go.  A call that waits for other ranks keeps the interpreter lock and has no time limit: it is made only
-once all ranks are known to have sent what it waits for.
+They must be gone before the interpreter ends: threads of theirs, the bootstrap's above all, abort a process that ends before them.
+So no module keeps any, nor does an exception, and `Objects` says when they go.  A call that waits for other ranks keeps the
+interpreter lock and has no time limit: it is made only once all ranks are known to have sent what it waits for.
 """
 import concurrent.futures
 import ctypes
@@ -64,6 +64,10 @@ class Links:
 
     def make_semaphores(self):
         self.semaphores = self._answers()
+
+    def part(self):
+        """Let go of what only connecting takes."""
+        self._asked = self._communicator = None
 
     def _answers(self):
         """What was asked for, by peer."""
@@ -139,8 +143,8 @@ class Proxy:
 class Objects:
     """All of MSCCL++ that a transport holds.
 
-    bootstrap: MSCCL++'s.  mapped: `Links` to mapped peers, and their `channels`.  served: `Links` to the port peers of each proxy,
-    by its number, and the `proxies`.
+    bootstrap: MSCCL++'s, until all is connected.  mapped: `Links` to mapped peers, and their `channels`.  served: `Links` to the
+    port peers of each proxy, by its number, and the `proxies`.
     """
 
     def __init__(self):
@@ -167,7 +171,13 @@ class Objects:
         self.proxies = {i: Proxy(api, links, fifo_size) for i, links in self.served.items()}
 
     def start(self):
-        """Start the proxies' threads."""
+        """Start the proxies' threads; all ranks have made their channels.
+
+        The bootstrap goes: with it its sockets, one of them a file in /tmp that a process would leave behind if it were killed.
+        """
+        for links in (self.mapped, *self.served.values()):
+            links.part()
+        self.bootstrap = None
         for proxy in self.proxies.values():
             proxy.start()
 
@@ -185,7 +195,7 @@ class Objects:
 
     def end(self, device):
         """`drop` once nothing runs on a GPU any more, for a transport that nobody has closed.  Errors are ignored."""
-        if self.bootstrap is not None:
+        if self.proxies or self.channels:
             _, current = runtime.cudaGetDevice()                 # no new thread: the interpreter may be ending
             runtime.cudaSetDevice(device)
             runtime.cudaDeviceSynchronize()
