@@ -48,7 +48,7 @@ class MscclppTransport(GpuTransport):
         result, error = attempt(step, *args)
         errors = self._bootstrap.allgather(error, self._timeout_s, f"Buffer: {what}")
         if error:
-            raise EPTransportError(error)
+            raise EPTransportError(f"{what} failed: {error}")
         failed = [r for r, e in enumerate(errors) if e]
         if failed:
             raise EPTransportError(f"{what} failed on rank {failed[0]}: {errors[failed[0]]}")
