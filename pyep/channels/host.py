@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import EPTransportError
 from ..layout import WORD, align, control
 from .memory import HOST_WORDS, RECORD
-from .transport import Transport, channels_per_peer, num_proxies, require_port_offsets
+from .transport import Transport, channels_per_peer, num_proxies, require_port_offsets, require_same_settings
 
 
 def _anonymous_file(nbytes):
@@ -77,10 +77,7 @@ class HostTransport(Transport):
     def _open_ports(self, bootstrap, queue_pairs):
         require_port_offsets(self.nbytes)
         settings = dict(PYEP_NUM_PROXIES=num_proxies(), num_qps_per_rank=channels_per_peer(queue_pairs))
-        told = bootstrap.allgather(settings, self._timeout_s, "Buffer: comparing settings of ports")
-        for name in settings:
-            if len({s[name] for s in told}) > 1:
-                raise ValueError(f"{name} differs between ranks: {[s[name] for s in told]}, by rank")
+        require_same_settings(bootstrap, settings, self._timeout_s)
         comm = bootstrap.duplicate(self._timeout_s)
         from .host_ports import HostPorts                        # which needs an MPI library
         at = control(bootstrap.size)["failed"].offset

@@ -16,7 +16,8 @@ from .gpu import GpuTransport, bus_of_gpu, call, require_peer_access
 from .handles import MEMORY_BYTES, PORT_BYTES
 from .mscclpp_objects import Links, Objects
 from .reach import kinds_of, port_transport
-from .transport import channels_per_peer, host_identity, num_proxies, proxy_of, require_port_offsets
+from .transport import (channels_per_peer, host_identity, num_proxies, proxy_of, require_port_offsets,
+                        require_same_settings)
 
 TRIGGERS_PER_PEER = 16                  # for which a FIFO has room: an operation pushes two, and no rank is two operations ahead
 MIN_FIFO = 512
@@ -56,13 +57,11 @@ class MscclppTransport(GpuTransport):
 
     def _agreed_kinds(self, queue_pairs):
         """How this rank reaches each rank, see `kinds_of`; ValueError unless all ranks have the same settings."""
-        settings = port_transport(), num_proxies(), channels_per_peer(queue_pairs)
-        told = self._bootstrap.allgather((host_identity(), settings), self._timeout_s, "Buffer: comparing hosts")
-        hosts, of_all = zip(*told)
-        for name, values in zip(("PYEP_PORT_TRANSPORT", "PYEP_NUM_PROXIES", "num_qps_per_rank"), zip(*of_all)):
-            if len(set(values)) > 1:
-                raise ValueError(f"{name} differs between ranks: {list(values)}, by rank")
-        return kinds_of(hosts, self.nodes, settings[0])
+        settings = dict(PYEP_PORT_TRANSPORT=port_transport(), PYEP_NUM_PROXIES=num_proxies(),
+                        num_qps_per_rank=channels_per_peer(queue_pairs))
+        require_same_settings(self._bootstrap, settings, self._timeout_s)
+        hosts = self._bootstrap.allgather(host_identity(), self._timeout_s, "Buffer: comparing hosts")
+        return kinds_of(hosts, self.nodes, port_transport())
 
     def _connect(self, kinds, per_peer):
         """Make everything: memory, connections, channels, proxies; and a table of handles, behind the memory that is registered."""

@@ -101,6 +101,15 @@ def require_port_offsets(nbytes):
                                "num_rdma_bytes and num_nvl_bytes smaller")
 
 
+def require_same_settings(bootstrap, settings, timeout_s):
+    """ValueError, on every rank, unless all have the same settings; a dict by name."""
+    told = bootstrap.allgather(settings, timeout_s, "Buffer: comparing settings of ports")
+    for name in settings:
+        values = [theirs[name] for theirs in told]
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} differs between ranks: {values}, by rank")
+
+
 def num_proxies():
     """PYEP_NUM_PROXIES: the proxies among which a rank's port peers are dealt, each with a FIFO of its own."""
     text = os.environ.get("PYEP_NUM_PROXIES") or "1"
