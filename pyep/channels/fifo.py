@@ -62,5 +62,10 @@ class Fifo:
         """The tail."""
         return self._taken
 
+    @property
+    def empty(self):
+        """Whether all that was pushed was served."""
+        return self._words[0, 0] == self._words[1, 0]
+
     def state(self):
         return f"FIFO head {self._words[0, 0]}, tail {self._words[1, 0]}"

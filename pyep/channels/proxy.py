@@ -56,6 +56,14 @@ class Proxy:
             self._thread.join(timeout_s)
         return self._parted() and self.error is None
 
+    def drain(self, timeout_s):
+        """Wait until what was pushed is sent, but no longer than that."""
+        deadline = time.monotonic() + timeout_s
+        while self.runs and not (self._fifo.empty and not any(link.in_flight for link in self.links)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(1e-3)
+
     def end(self):
         """Stop for good; idempotent.  What peers still send is lost."""
         self._stopping = self._ended = True
