@@ -16,7 +16,8 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
 
     group, comm: a torch.distributed process group or an mpi4py communicator; exactly one.  Collective.
     num_nvl_bytes: bytes of symmetric memory for results of high-throughput operations, see `get_high_throughput_size_hint`.
-    num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.
+    num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.  For each rank of
+        another node as much as three times that is taken besides, see `pyep.layout.boxes`.
     num_qps_per_rank: the most channels to one rank of another node; there are as many, but no more than PYEP_NUM_PROXIES.
     low_latency_mode, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for DeepEP's sake.
     transport: "auto"; "host" for the CPU engine; for GPUs "ipc", of one host, or "mscclpp", of several too.  "auto" is "ipc" on one

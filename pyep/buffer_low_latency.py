@@ -3,6 +3,7 @@ from . import arrays, layout
 from .calls import Call
 from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_shape
 from .events import EventOverlap
+from .kernels.low_latency_boxes import UNORDERED
 from .low_latency import COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan
 from .results import LowLatencyDispatched, LowLatencyHandle, Results, recv_shape
 
@@ -30,7 +31,8 @@ class LowLatencyOperations:
         topk_idx: [T, K] int64 or int32, global experts; -1 selects nothing.
         cumulative_local_expert_recv_stats: [L] int32, to which the rows that each local expert got are added.
         dispatch_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank, ready to receive, waited until each
-            source had begun to send: the rank that all others wait for is the slow one.
+            source had begun to send (of another node: until what it sends had come): the rank that all others wait for is the slow
+            one.
         use_fp8: send e4m3 in blocks of 128 values with fp32 scales; recv_x is then the pair (values, scales).  The recipe is
             `pyep.reference.quantize`.  round_scale: scales are powers of two.  use_ue8m0: four scales' exponents in an int32.
         async_finish: run on the buffer's own stream, after what the caller's current stream has to do.  That stream does not wait
@@ -54,7 +56,6 @@ class LowLatencyOperations:
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
-        self._connection.require_one_node(DISPATCH)
         stats, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
         call = self._prepared("dispatch", check_dispatch, (x, topk_idx, topk_weights, stats, waits, out),
                               (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
@@ -89,7 +90,8 @@ class LowLatencyOperations:
         async_finish, return_recv_hook, previous_event: as for dispatch.
         out: a [T, H] bf16 array to sum into.  Must be given with async_finish and previous_event: memory made here might still be
             used by what the current stream has to do, which the operation does not wait for.
-        combine_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank waited until each rank had begun.
+        combine_wait_recv_cost_stats: [R] int64, to which the ns are added that this rank waited until each rank had begun (of
+            another node: until what it sends had come).
 
         direct: out[t] = bf16(sum over k, in order, of weight[t, k] * y[t, k]).
         rank-reduced (topk_weights were given to dispatch): every rank r makes p[r, t], the same sum over its own experts;
@@ -102,7 +104,6 @@ class LowLatencyOperations:
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
-        self._connection.require_one_node(COMBINE)
         check_handle(handle, id(self))
         shape, num_tokens, received, waits = handle.shape, handle.num_tokens, handle.received, combine_wait_recv_cost_stats
         if shape.reduced:
@@ -124,7 +125,7 @@ class LowLatencyOperations:
         selections = () if shape.reduced else call.addresses(topk_idx, topk_weights)
         more = call.addresses(received.weight_of, received.src_info) if shape.reduced else ()
         args = (x_at, *selections, num_tokens, *call.addresses(waits, received.row_of), *more,
-                *call.addresses(received.sent, received.selected), call.aligned(out, "out"))
+                *call.addresses(received.sent, received.claims, received.selected), call.aligned(out, "out"))
         event, hook = self._run(COMBINE, call, args, (x, topk_idx, topk_weights, handle, out, waits), return_recv_hook,
                                 async_finish, previous_event)
         return out, event, hook
@@ -173,11 +174,11 @@ class LowLatencyOperations:
         if (plan is None or new_results) and library.is_capturing():
             raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
         if new_results:
-            self._results[library, shape] = Results(library, shape)
+            self._results[library, shape] = Results(library, shape, self._ports())
             connection.engine.synchronize()                      # their memory may be in use on a stream that is not waited for
         if plan is None:
             known = shape in {s for s, _ in self._plans}         # with the other integer type: only this rank may need it
-            plan = make_plan(connection.engine, shape, index_bytes, connection.rank)
+            plan = make_plan(connection.engine, shape, index_bytes, connection.rank, self._ports())
             self._make_ready(shape.half_bytes)
             if not known:
                 connection.meet(f"first use of {shape}", fingerprint(shape))
@@ -231,6 +232,12 @@ class LowLatencyOperations:
         if previous_event is not None:
             event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
         return event, hook if return_recv_hook else None
+
+    def _ports(self):
+        """0 if all ranks map each other's memory, else what PORTS is in the kernels."""
+        if self._connection.nodes.count == 1:
+            return 0
+        return 1 if self._connection.transport.orders_puts else UNORDERED
 
     def _check_fits(self, shape):
         check_fits(shape, self._connection.nbytes, self.num_rdma_bytes)

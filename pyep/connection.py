@@ -21,7 +21,8 @@ class Connection:
     engine, streams  what runs kernels, and in which order
     transport        the symmetric memory, see `pyep.channels.transport.Transport`; None once closed
     nbytes, half_bytes: of control words and halves, see `pyep.layout`; of each of the halves
-    heap             the rest of the symmetric memory, num_nvl_bytes
+    heap             num_nvl_bytes of the symmetric memory
+    boxes            offset of the rest of it, which is for what travels between nodes; none if there is one node
     words_for        by the number of a wait (the word "wait" of a status record): a function that makes an error of the record
     error            what has made the connection unusable, or None
     """
@@ -41,8 +42,10 @@ class Connection:
         self.nbytes = max(num_rdma_bytes, layout.control_bytes(self.size))
         self.half_bytes = layout.half_capacity(self.nbytes, self.size)
         heap = layout.heap_offset(num_rdma_bytes, self.size)
+        self.boxes = layout.align(heap + num_nvl_bytes)
+        *_, last = layout.boxes(self.boxes, layout.most_port_peers(self.nodes.of), self.half_bytes)
         make = choose_transport(transport, device, self.nodes.count)
-        self.transport = make(self._bootstrap, self.nodes, heap + num_nvl_bytes, timeout_s, num_qps_per_rank)
+        self.transport = make(self._bootstrap, self.nodes, last.end, timeout_s, num_qps_per_rank)
         self.heap = Heap(heap, num_nvl_bytes, self.transport.memory)
         try:
             self.write_control()
@@ -59,7 +62,10 @@ class Connection:
         transport.write(control["status"].offset, np.array([transport.status], np.int64))
         for name in "peers", "ports":
             transport.write(control[name].offset, np.array(getattr(transport, name), np.int64))
-        for name in "epoch", "consumed", "ht_epoch":
+        if self.nodes.count > 1:
+            table = layout.box_table(self.nodes.of, self.rank, self.boxes, self.half_bytes)
+            transport.write(control["boxes"].offset, np.array(table, np.int64).ravel())
+        for name in "epoch", "consumed", "ht_epoch", "told":
             transport.write(control[name].offset, np.full(control[name].nbytes // layout.WORD, epoch, np.int64))
 
     def meet(self, what, word=0):

@@ -6,10 +6,12 @@ Every rank owns `nbytes` of memory that all ranks can write, laid out alike on a
     half 0     low latency: what peers send in operations of even epoch
     half 1     low latency: what peers send in operations of odd epoch
     heap       high throughput: lent out in slabs (`pyep.heap`), into which peers write once they were told where
+    boxes      low latency: what goes to and comes from peers of other nodes, if there are any, each box as a whole
 
 A *half* holds self-announcing data only: every 32-bit word of it is 0xffffffff whenever nothing is under way, whatever
 shapes were used before, because readers put that value back.  So operations of different shapes may share a buffer
-freely, in captured graphs too, and nothing is ever cleaned between them.
+freely, in captured graphs too, and nothing is ever cleaned between them.  A *box* may hold anything: it is read only once it
+was told that it has come.
 
 Hot words of different writers never share a 128-byte line.
 """
@@ -22,6 +24,7 @@ MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
 MAX_CHUNKS = 4096                       # chunks in which one rank's rows travel to another in a high-throughput combine, at most
 SECTIONS = LINE // WORD                 # kinds of data for which a rank can tell a place: a line of words
 FP8_BLOCK = 128                         # values that share a scale
+PIECE_HEAD = 16                         # bytes of a piece before its row
 DATA = ("bf16", "fp8", "fp8_powers_of_2", "fp8_ue8m0")      # e4m3 with scales in fp32, of powers of two, those as exponents
 
 
@@ -78,7 +81,8 @@ def control(num_ranks):
     ports            address of the PortChannel handle for every port peer, else 0
     failed           not 0 once a wait of this rank gave up: all other waits then end too
     epoch            the epoch of the latest operation sent, one copy per block, so that no block waits for another
-    consumed         the latest epoch whose data that rank has read to the end: its half may be written again
+    consumed         the latest epoch whose data that rank has read to the end: its half may be written again.  Of a port peer
+                     beside it, a word further on, the epoch of its latest box that has come
     rdma_recv_count  epoch << 32 | count.  Entry 0: the tokens of that source; 1 + e: its rows for local expert e
 
     High throughput, where each launch of a kernel has an epoch of its own, and words hold epoch << 32 | value:
@@ -90,6 +94,14 @@ def control(num_ranks):
     done        that source has sent all of a launch, and read what it was told
     chunk       that source has sent a chunk of its rows
     arrived     blocks of this launch that are done
+
+    Low latency between port peers:
+
+    boxes       where boxes are, as offsets: the outbox for that rank; the inbox for what comes from it; its inbox for this rank's
+    claims      of the box that is being packed for that rank: pieces | selections << 32
+    packed      blocks of this launch that have packed their part of the boxes
+    told        the epoch that this rank has told that rank to have consumed
+    records     what is put to that rank behind a box, and once more the first word alone: staged here
     """
     words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(1 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
     return {r.name: r for r in _stack(
@@ -107,11 +119,16 @@ def control(num_ranks):
         ("done", ("source",), (num_ranks,), LINE, "source"),
         ("chunk", ("source", "chunk"), (num_ranks, MAX_CHUNKS), WORD, "source"),
         ("arrived", (), (), WORD, "this rank"),
+        ("boxes", ("parity", "rank", "entry"), (2, num_ranks, 4), WORD, "host"),
+        ("claims", ("rank",), (num_ranks,), WORD, "this rank"),
+        ("packed", (), (), WORD, "this rank"),
+        ("told", ("rank",), (num_ranks,), WORD, "this rank"),
+        ("records", ("parity", "rank", "entry"), (2, num_ranks, 4), WORD, "this rank"),
     )}
 
 
 def control_bytes(num_ranks):
-    return align(control(num_ranks)["arrived"].end)
+    return align(control(num_ranks)["records"].end)
 
 
 class LowLatency(NamedTuple):
@@ -179,6 +196,34 @@ class LowLatency(NamedTuple):
         if self.reduced:
             return _stack(half, ("partials", ("rank", "token"), (self.num_ranks, self.max_tokens), self.row_bytes, "rank"))
         return _stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
+
+    @property
+    def local_groups(self):
+        """How many groups rows of a rank are counted in: its experts; in the rank-major layout it is one itself."""
+        return 1 if self.rank_major else self.local_experts
+
+    def dispatch_box(self, box=0):
+        """What a box that begins at byte `box` holds in a dispatch, of one source for one destination.
+
+        head    its pieces | the selections that they are for << 32; the shape's fingerprint; then the words of rdma_recv_count
+        routes, places: as in a half
+        pieces  the row of a token that goes there, in no order, behind two words: its slot, counted from the half's beginning; the
+                token | the selections of pieces claimed before << 32
+        """
+        selections = (self.max_tokens, self.num_topk)
+        return _stack(box,
+                      ("head", ("entry",), (3 + self.local_groups,), WORD, "source"),
+                      ("routes", ("token", "k"), selections, WORD, "source"),
+                      ("places", ("token", "k"), selections, WORD, "source"),
+                      ("pieces", ("piece",), (self.max_tokens,), PIECE_HEAD + self.wire_bytes, "source"))
+
+    def combine_box(self, box=0):
+        """What a box holds in a combine: as in a dispatch, but there are no counts, routes and places, and a piece is a partial or
+        an output, of whose head the second word is not used."""
+        pieces = self.max_tokens * (1 if self.reduced else self.num_topk)
+        return _stack(box,
+                      ("head", ("entry",), (3,), WORD, "expert's rank"),
+                      ("pieces", ("piece",), (pieces,), PIECE_HEAD + self.row_bytes, "expert's rank"))
 
     @property
     def half_bytes(self):
@@ -250,6 +295,45 @@ def heap_offset(num_rdma_bytes, num_ranks):
 def half_capacity(nbytes, num_ranks):
     """Bytes of each half in a symmetric memory of `nbytes`."""
     return max(0, (nbytes - control_bytes(num_ranks)) // 2) // LINE * LINE
+
+
+def box_bytes(half_bytes):
+    """Bytes of a box that is large enough for every shape that fits halves of so many, whatever the number of ranks.
+
+    A row of 16 bytes has a head as long, but then routes and places are half of the half; from 32 bytes on a head adds half of
+    that at most.
+    """
+    return align(3 * half_bytes // 2 + WORD * (3 + MAX_LOCAL_EXPERTS) + 4 * LINE)
+
+
+def boxes(start, peers, half_bytes):
+    """The boxes of a rank that has so many port peers, from byte `start` on."""
+    item = box_bytes(half_bytes)
+    return _stack(start,
+                  ("outbox", ("parity", "peer"), (2, peers), item, "this rank"),
+                  ("inbox", ("parity", "peer"), (2, peers), item, "peer"))
+
+
+def most_port_peers(node_of):
+    """The most ranks of other nodes that any rank has; node_of: [R] the node of each rank."""
+    return max(sum(node != mine for node in node_of) for mine in node_of)
+
+
+def box_table(node_of, me, start, half_bytes):
+    """The words of `boxes` in the control memory of rank `me`: a list [2][R][4], zeros for ranks of its own node."""
+    peers = most_port_peers(node_of)
+    outbox, inbox = boxes(start, peers, half_bytes)
+
+    def offset(region, parity, rank, other):
+        """Of the box in the memory of `rank` that is for or from `other`."""
+        before = sum(node != node_of[rank] for node in node_of[:other])
+        return region.offset + (parity * peers + before) * region.item
+
+    def entry(parity, other):
+        if node_of[other] == node_of[me]:
+            return [0] * 4
+        return [offset(outbox, parity, me, other), offset(inbox, parity, me, other), offset(inbox, parity, other, me), 0]
+    return [[entry(parity, other) for other in range(len(node_of))] for parity in (0, 1)]
 
 
 def low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, num_topk=None):

@@ -16,6 +16,7 @@ from .kernels.low_latency_reduce import combine_reduced
 # What the waits of a kernel wait for: (operation, phase, what the peer owes), by the number in the status record.
 DISPATCH, COMBINE = "low_latency_dispatch", "low_latency_combine"
 READ = "the peer to have read what it was sent two operations ago"
+MAIL = "the peer's mail: all that it sends in the operation"
 WAITS = {
     kernels.DISPATCH_CONSUMED: (DISPATCH, "send", READ),
     kernels.DISPATCH_COUNT: (DISPATCH, "receive", "the peer's token counts"),
@@ -26,8 +27,11 @@ WAITS = {
     kernels.COMBINE_BEGUN: (COMBINE, "receive", "the peer to begin the operation"),
     kernels.COMBINE_OUTPUT: (COMBINE, "receive", "the output of an expert of the peer"),
     kernels.COMBINE_PARTIAL: (COMBINE, "receive", "the sum of what the peer's experts made of a token"),
+    kernels.DISPATCH_MAIL: (DISPATCH, "receive", MAIL),
+    kernels.COMBINE_MAIL: (COMBINE, "receive", MAIL),
 }
-WORDS_FOR = (*WAITS, kernels.BAD_EXPERT, kernels.NO_ROOM, kernels.OTHER_OPERATION)      # what `error_from` puts in words
+PROXIES = {kernels.DISPATCH_PROXY: DISPATCH, kernels.COMBINE_PROXY: COMBINE}             # waits for room in a proxy's FIFO
+WORDS_FOR = (*WAITS, *PROXIES, kernels.BAD_EXPERT, kernels.NO_ROOM, kernels.OTHER_OPERATION)      # what `error_from` puts in words
 
 
 class InFlight:
@@ -62,8 +66,8 @@ class Plan(NamedTuple):
     combine: dict
 
 
-def constants(shape, index_bytes):
-    """The kernels' template parameters."""
+def constants(shape, index_bytes, ports=0):
+    """The kernels' template parameters.  ports: see PORTS in `pyep.kernels.low_latency_boxes`."""
     control = layout.control(shape.num_ranks)
     _, places, rows = shape.dispatch()
     return dict(
@@ -71,13 +75,23 @@ def constants(shape, index_bytes):
         TOPK=shape.num_topk, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes,
         FP8=int(shape.fp8), POWERS_OF_2=int(shape.data in ("fp8_powers_of_2", "fp8_ue8m0")), UE8M0=int(shape.data == "fp8_ue8m0"),
         DATA_BYTES=shape.data_bytes, WIRE_BYTES=shape.wire_bytes, RANK_MAJOR=int(shape.rank_major), WEIGHTED=int(shape.weighted),
-        GROUPS=shape.num_ranks if shape.rank_major else shape.num_experts,
-        LOCAL_GROUPS=1 if shape.rank_major else shape.local_experts, CHUNK=chunk(shape),
+        GROUPS=shape.num_ranks * shape.local_groups, LOCAL_GROUPS=shape.local_groups, CHUNK=chunk(shape),
         MAX_BLOCKS=layout.MAX_BLOCKS, LINE=layout.LINE,
         STATUS=control["status"].offset, PEERS=control["peers"].offset, FAILED=control["failed"].offset,
         EPOCH=control["epoch"].offset, CONSUMED=control["consumed"].offset, COUNTS=control["rdma_recv_count"].offset,
         COUNTS_STRIDE=layout.WORD * (1 + layout.MAX_LOCAL_EXPERTS), CONTROL_BYTES=layout.control_bytes(shape.num_ranks),
-        PLACES=places.offset, ROWS=rows.offset)
+        PLACES=places.offset, ROWS=rows.offset, PORTS=ports, SHAPE=fingerprint(shape),
+        PORT_HANDLES=control["ports"].offset, **{name: control[name.lower()].offset for name in CONTROL_OF_BOXES})
+
+
+CONTROL_OF_BOXES = "BOXES", "CLAIMS", "PACKED", "TOLD", "RECORDS"
+
+
+def box_constants(operation, shape):
+    """The template parameters of an operation for its boxes."""
+    regions = {r.name: r for r in (shape.dispatch_box() if operation == "dispatch" else shape.combine_box())}
+    offsets = {f"BOX_{name.upper()}": regions[name].offset for name in ("routes", "places", "pieces") if name in regions}
+    return dict(offsets, PIECE_BYTES=regions["pieces"].item)
 
 
 STAGED = 2048                           # selections that a sending block has in its shared memory at once
@@ -92,37 +106,40 @@ def shared_bytes(operation, shape, warps, announcers):
     """Shared memory of a block: the most that any of its roles needs.  See the kernels for what is in it."""
     word, ranks, topk = layout.WORD, layout.align(shape.num_ranks, 8), layout.align(shape.num_topk, 8)
     if operation == "dispatch":
-        groups, local = (shape.num_ranks, 1) if shape.rank_major else (shape.num_experts, shape.local_experts)
+        groups = shape.num_ranks * shape.local_groups
         announce = layout.align(4 * chunk(shape) * shape.num_topk * (1 + shape.weighted), word) + word * -(-groups // announcers)
         send = word * warps * (1 + shape.num_ranks)
-        receive = word * (shape.num_ranks * (1 + local) + warps * (2 + shape.num_topk))
+        receive = word * (shape.num_ranks * (1 + shape.local_groups) + warps * (2 + shape.num_topk))
         return max(announce, send, receive)
     if not shape.reduced:
         return 2 * word * warps * topk
     return 2 * word * warps * ((0 if shape.rank_major else topk) + ranks)
 
 
-def cuts(engine, shape, threads):
-    """How the senders of a dispatch cut rows: each cut is a whole number of what a team moves at a time."""
-    teams = engine.cuts(threads)
+def cuts(engine, shape, threads, ports):
+    """How the senders of a dispatch cut rows: each cut is a whole number of what a team moves at a time.
+
+    With port peers into one: who lists where a token goes claims its pieces, so it must be listed once.
+    """
+    teams = 1 if ports else engine.cuts(threads)
     lanes = min(8, engine.warp)                                  # that share a block of FP8, see `pyep.kernels.quantize`
     at_a_time = layout.FP8_BLOCK * (threads // teams // lanes) if shape.fp8 else 16 * (threads // teams)
     return dict(CUTS=teams, TEAM_THREADS=threads // teams, CUT_BYTES=layout.align(-(-shape.data_bytes // teams), at_a_time))
 
 
-def make_plan(engine, shape, index_bytes, rank):
+def make_plan(engine, shape, index_bytes, rank, ports=0):
     """Compile the kernels of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
     jobs = {}
     in_bf16 = shape._replace(data="bf16")                        # as combine travels: one set of kernels whatever dispatch's data
     for operation, kernel, moved in (("dispatch", dispatch, shape),
                                      ("combine", combine_reduced if shape.reduced else combine, in_bf16)):
-        values, row_bytes = constants(moved, index_bytes), moved.data_bytes
+        values, row_bytes = constants(moved, index_bytes, ports) | box_constants(operation, moved), moved.data_bytes
         threads = engine.threads_for_row(row_bytes)
         for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders
             shared = shared_bytes(operation, shape, threads // engine.warp, announcers)
             parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes),
-                              NEIGHBOURS=engine.neighbours(threads), **cuts(engine, moved, threads))
+                              NEIGHBOURS=engine.neighbours(threads), **cuts(engine, moved, threads, ports))
             jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
     plan = Plan(shape, {}, {})
@@ -163,9 +180,13 @@ def error_from(r, rank, shapes, half_bytes, timeout_s):
         names = {kernels.COMBINE: COMBINE}
         here, there = names.get(r["expected"], DISPATCH), names.get(r["seen"], DISPATCH)
         if here == there:
-            there += f" with {r['seen']} tokens"
+            there += " of another shape" if r["seen"] == kernels.COMBINE else f" of another shape, with {r['seen']} tokens"
         return EPError(f"rank {rank} called {here} where rank {r['peer']} called {there}: all ranks must make the same calls in "
                        f"the same order (operation of epoch {r['epoch']})")
+    if r["wait"] in PROXIES:
+        return EPTimeoutError(f"{PROXIES[r['wait']]}, send phase: rank {rank} waited {timeout_s:g} s for room in the FIFO of the "
+                              f"proxy that serves rank {r['peer']}: expected {r['expected']} triggers taken or more, seen "
+                              f"{r['seen']} (operation of epoch {r['epoch']})")
     operation, phase, owed = WAITS[r["wait"]]
     regions = getattr(shapes[operation], operation.removeprefix("low_latency_"))
     slot = layout.name_of(r["offset"], shapes[operation].num_ranks, half_bytes, regions)
@@ -177,6 +198,6 @@ def error_from(r, rank, shapes, half_bytes, timeout_s):
 def _expected_and_seen(r):
     if r["wait"] in (kernels.DISPATCH_COUNT, kernels.COMBINE_BEGUN):
         return f"expected epoch {r['expected']}, seen epoch {r['seen'] >> 32 & 0xFFFFFFFF}"
-    if r["wait"] in (kernels.DISPATCH_CONSUMED, kernels.COMBINE_CONSUMED):
+    if r["wait"] in (kernels.DISPATCH_CONSUMED, kernels.COMBINE_CONSUMED, kernels.DISPATCH_MAIL, kernels.COMBINE_MAIL):
         return f"expected epoch {r['expected']} or later, seen epoch {r['seen'] & 0xFFFFFFFF}"
     return "expected data, seen none"

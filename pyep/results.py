@@ -40,6 +40,7 @@ class Received(NamedTuple):
     weight_of: object                   # [R, M, K] fp32, if weights travel: in the rank-major layout recv_topk_weights
     row_of: object                      # [R, M, K] int64, rank-major [R, M]: the row of recv_x that a selection (token) got, or -1
     sent: object                        # [R] int64: how many tokens each rank has; rank-major: how many came here
+    claims: object                      # [R, M + 1] int64, of port peers, unless rank-major: where in a box combine puts what
     selected: object                    # [M, K] int64: the experts that this rank's own tokens selected, or -1
 
 
@@ -49,9 +50,10 @@ class Results:
     `selected` takes turns among three: a combine reads it to its end, and with hooks that may be after one more dispatch.
     """
 
-    def __init__(self, library, shape):
+    def __init__(self, library, shape, ports):
+        """ports: 0 if there are no port peers."""
         self.dispatches = 0
-        sets = [_allocate(library, shape) for _ in range(2)]
+        sets = [_allocate(library, shape, ports) for _ in range(2)]
         selected = [library.empty((shape.max_tokens, shape.num_topk), "int64") for _ in range(3)]
         turns = [Received(*sets[i % 2], selected[i % 3]) for i in range(6)]
         self._turns = [(received, tuple(0 if a is None else library.pointer(a) for a in received)) for received in turns]
@@ -66,7 +68,7 @@ def recv_shape(shape):
     return (shape.num_ranks, shape.max_tokens) if shape.rank_major else (shape.local_experts, shape.rows_per_expert)
 
 
-def _allocate(library, shape):
+def _allocate(library, shape, ports):
     """A set of arrays, as in `Received` but for `selected`."""
     groups, rows = recv_shape(shape)
     ranks, selections = shape.num_ranks, (shape.num_ranks, shape.max_tokens, shape.num_topk)
@@ -78,7 +80,8 @@ def _allocate(library, shape):
             library.empty(selections, "int64") if shape.rank_major else None,
             library.empty(selections, "float32") if shape.weighted else None,
             library.empty(selections[:2] if shape.rank_major else selections, "int64"),
-            library.empty((ranks,), "int64"))
+            library.empty((ranks,), "int64"),
+            library.empty((ranks, shape.max_tokens + 1), "int64") if ports and not shape.rank_major else None)
 
 
 def _allocate_scales(library, shape):

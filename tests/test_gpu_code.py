@@ -44,20 +44,24 @@ SYSTEM_SHARED = 1 << 10                         # bytes that the system takes fo
 
 DEPLOYED = LowLatency(num_ranks=4, max_tokens=128, hidden=7168, num_experts=256, num_topk=8)
 
-# name: (shape, bytes of an entry of topk_idx)
+# name: (shape, bytes of an entry of topk_idx[, 1 if there are port peers])
 SHAPES = {
     "direct": (DEPLOYED, 8),
     "reduced": (DEPLOYED._replace(data="fp8", weighted=True), 8),
     "rank-major": (DEPLOYED._replace(data="fp8_ue8m0", rank_major=True, weighted=True), 8),
     "large": (LowLatency(num_ranks=8, max_tokens=128, hidden=16384, num_experts=64, num_topk=6, data="fp8"), 4),
 }
+SHAPES |= {f"{name}-ports": (*SHAPES[name], 1) for name in ("direct", "large")}
 
-# Every kind of combine; each role of each operation also alone; "large", whose blocks leave a thread the fewest registers.
+# Every kind of combine; each role of each operation also alone; "large", whose blocks leave a thread the fewest registers; both
+# operations with port peers.
 COMPILED = {
     "direct": ("dispatch-both", "combine-both", "combine-send", "combine-receive"),
     "reduced": ("dispatch-both", "combine-both"),
     "rank-major": ("dispatch-send", "dispatch-receive", "combine-both"),
     "large": ("dispatch-both", "combine-both"),
+    "direct-ports": ("combine-both",),
+    "large-ports": ("dispatch-both",),
 }
 
 
@@ -98,9 +102,9 @@ class OneThread(Notes, CpuEngine):
         super().__init__("1,1,1")
 
 
-def launches(engine, shape, index_bytes):
+def launches(engine, shape, index_bytes, ports=0):
     """All launches of a shape: {"operation-phase": Launch}."""
-    plan = make_plan(engine, shape, index_bytes, 0)
+    plan = make_plan(engine, shape, index_bytes, 0, ports)
     return {f"{operation}-{phase}": launch for operation in ("dispatch", "combine")
             for phase, launch in getattr(plan, operation).items()}
 
@@ -135,6 +139,10 @@ class Case(NamedTuple):
         return {"send", "receive"} if self.phase == "both" else {self.phase}
 
     @property
+    def ports(self):
+        return self.launch.constants["PORTS"] > 0
+
+    @property
     def quantizes(self):
         return self.operation == "dispatch" and self.shape.fp8 and "send" in self.roles
 
@@ -163,8 +171,7 @@ class Case(NamedTuple):
 
 
 def case_of(name, which):
-    shape, index_bytes = SHAPES[name]
-    return Case(shape, *which.split("-"), launches(Gpu(), shape, index_bytes)[which])
+    return Case(SHAPES[name][0], *which.split("-"), launches(Gpu(), *SHAPES[name])[which])
 
 
 CASES = {f"{name}-{which}": case_of(name, which) for name in COMPILED for which in COMPILED[name]}
@@ -260,9 +267,10 @@ def test_every_kernel_file_is_known():
     """A new file of kernels must be added here: to COMPILED, if it has kernels of its own."""
     tools = {"__init__", "basics", "cache", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
-    assert files - tools == {"low_latency", "low_latency_announce", "low_latency_dispatch", "low_latency_combine",
-                             "low_latency_reduce", "low_latency_sums", "low_latency_units", "quantize", "intranode",
-                             "intranode_layout", "intranode_notify", "intranode_dispatch", "intranode_combine"}
+    assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
+                             "low_latency_dispatch", "low_latency_mail", "low_latency_reduce", "low_latency_sums",
+                             "low_latency_units", "low_latency_unpack", "quantize", "intranode", "intranode_layout",
+                             "intranode_notify", "intranode_dispatch", "intranode_combine"}
 
 
 @pytest.mark.parametrize("shape", [DEPLOYED, SHAPES["large"][0]], ids=["deployed", "large"])
@@ -292,6 +300,8 @@ GIVING_UP = ["atom.relaxed.gpu.global.cas.b64", "st.release.sys.global.s64", "%g
 OVERLAP = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 LISTS = ["vote.sync.ballot.b32", "ld.shared.b64", "st.shared.b64", "bar.sync"]
 SUMS = ["fma.rn.f32", "cvt.rn.bf16x2.f32"]
+PORTS = ["st.release.sys.global.v2.u64", "atom.acq_rel.gpu.global.add.u64", "ld.acquire.sys.global.s64"]     # triggers, arrivals
+CLAIMS = "atom.relaxed.gpu.global.add.u64"                                  # of pieces; and of places in a FIFO
 DIVISION = "div.rn.f32"
 QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", "cvt.rn.satfinite.e4m3x2.f32", "st.relaxed.sys.global.u32"]
 
@@ -318,7 +328,7 @@ def test_ptx_is_for_the_gpu_and_the_block(case):
 
 @cases()
 def test_ptx_has_what_is_meant(case):
-    meant = GIVING_UP + OVERLAP + SUMS * case.sums + QUANTIZING * case.quantizes
+    meant = GIVING_UP + OVERLAP + SUMS * case.sums + QUANTIZING * case.quantizes + [*PORTS, CLAIMS] * case.ports
     for role in case.roles:
         meant = meant + MEANT[case.operation, role]
     assert [instruction for instruction in meant if instruction not in case.code.ptx] == []
@@ -326,7 +336,7 @@ def test_ptx_has_what_is_meant(case):
 
 @cases()
 def test_ptx_has_only_what_is_meant(case):
-    absent = SUMS * (not case.sums) + QUANTIZING * (not case.quantizes)
+    absent = SUMS * (not case.sums) + QUANTIZING * (not case.quantizes) + [*PORTS, CLAIMS] * (not case.ports)
     for role in OF_ONE_ROLE.keys() - case.roles:
         absent = absent + OF_ONE_ROLE[role]
     assert [instruction for instruction in absent if instruction in case.code.ptx] == []

@@ -79,6 +79,10 @@ def test_control_regions(ranks):
     assert (parity, sources) == (2, ranks) and entries >= 1 + ranks + MAX_LOCAL_EXPERTS
     assert regions["place"].dims == (ranks, SECTIONS) and SECTIONS >= len(Rows._fields)
     assert regions["chunk"].dims == (ranks, MAX_CHUNKS)
+    assert regions["boxes"].dims == (2, ranks, 4)                # what `box_table` has
+    assert regions["claims"].dims == regions["told"].dims == (ranks,)
+    assert regions["records"].dims == (2, ranks, 4)
+    assert regions["consumed"].item >= 2 * WORD                  # of a port peer two words come
 
 
 @given(shapes())
@@ -217,8 +221,13 @@ def test_a_published_shape_by_hand():
         "done": (281_088, 512),
         "chunk": (281_600, 131_072),                    # 4 sources x 4096 x 8
         "arrived": (412_672, 8),
+        "boxes": (412_800, 256),                        # 2 x 4 x 4 x 8
+        "claims": (413_056, 32),
+        "packed": (413_184, 8),
+        "told": (413_312, 32),
+        "records": (413_440, 256),
     }
-    assert control_bytes(4) == 412_800                  # 412672 and a line
+    assert control_bytes(4) == 413_696
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [
         ("routes", 0, 32_768),                          # 4 x 128 x 8 words
         ("places", 32_768, 32_768),
@@ -226,10 +235,10 @@ def test_a_published_shape_by_hand():
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine()] == [("outputs", 0, 14_680_064)]  # 128 x 8 rows
     assert PUBLISHED.half_bytes == 14_680_064
-    assert PUBLISHED.nbytes == 29_772_928               # 412800 + 2 x 14680064
+    assert PUBLISHED.nbytes == 29_773_824               # 413696 + 2 x 14680064
     assert PUBLISHED.local_experts == 64 and PUBLISHED.rows_per_expert == 512
-    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_772_928
-    assert low_latency_size_hint(128, 7168, 4, 256) == 939_936_896     # 412800 + 2 x 128 x 256 x 14336
+    assert low_latency_size_hint(128, 7168, 4, 256, num_topk=8) == 29_773_824
+    assert low_latency_size_hint(128, 7168, 4, 256) == 939_937_792     # 413696 + 2 x 128 x 256 x 14336
 
 
 def test_a_published_shape_in_fp8_reduced_by_hand():
@@ -241,7 +250,7 @@ def test_a_published_shape_in_fp8_reduced_by_hand():
         ("rows", 65_536, 3_784_704),                    # 4 x 128 rows
     ]
     assert [(r.name, r.offset, r.nbytes) for r in shape.combine()] == [("partials", 0, 7_340_032)]      # 4 x 128 rows
-    assert shape.half_bytes == 7_340_032 and shape.nbytes == 15_092_864         # 412800 + 2 x 7340032
+    assert shape.half_bytes == 7_340_032 and shape.nbytes == 15_093_760         # 413696 + 2 x 7340032
 
 
 # ---- slabs of the heap -----------------------------------------------------------------------------------------------

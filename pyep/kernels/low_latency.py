@@ -8,12 +8,15 @@ Roles.  Of a grid's blocks the first SENDERS send and the last RECEIVERS receive
 roles, one after the other) and one of them may be 0 (the operation then comes in two launches, see `lag`).
 
 The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `low_latency_reduce` (rank-reduced); what the
-combines share is in `low_latency_units`.
+combines share is in `low_latency_units`.  Between ranks that do not map each other's memory all this holds too: see
+`low_latency_boxes`.
 """
 from ..channels.memory import next_epoch, patience, peer, previous_epoch, tell, wait_count, wait_epoch
 from .basics import start
 from .lang import (add8, block_rank, clock_ns, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, st8, st8_release,
                    syncthreads, syncthreads_or, thread_rank, udiv)
+from .low_latency_boxes import count_slot, counts_for, is_port_peer
+from .low_latency_mail import consumed_here, tell_consumed
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
@@ -33,7 +36,7 @@ COMBINE = 1 << 31                               # in the word that tells that an
 
 # What a wait waits for; pyep.low_latency puts them in words.
 (DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
- COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION) = range(1, 13)
+ COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION, DISPATCH_PROXY, DISPATCH_MAIL, COMBINE_PROXY, COMBINE_MAIL) = range(1, 17)
 
 
 def this_epoch(base, lag):
@@ -63,11 +66,6 @@ def end_epoch(base, epoch):
             block += num_blocks() * num_threads()
 
 
-def count_slot(memory, epoch, source):
-    """The first of `source`'s counters in a rank's memory."""
-    return memory + COUNTS + ((epoch & 1) * RANKS + source) * COUNTS_STRIDE
-
-
 def begin(watch, wait, me, lag):
     """Tell every rank what is consumed here, and wait until all ranks have consumed what this operation overwrites.
 
@@ -76,26 +74,29 @@ def begin(watch, wait, me, lag):
     time.
     """
     base, _, epoch = watch
-    before = previous_epoch(epoch)
+    consumed = consumed_here(epoch, lag)
     rank = thread_rank()
     while rank < RANKS and block_rank() == num_blocks() - 1:     # the last block: the first ones have rows to send
-        st8_release(peer(base, rank) + CONSUMED + LINE * me, previous_epoch(before) if lag > 0 else before)
+        if is_port_peer(base, rank):
+            tell_consumed(watch, DISPATCH_PROXY if wait == DISPATCH_CONSUMED else COMBINE_PROXY, me, rank, consumed)
+        else:
+            st8_release(peer(base, rank) + CONSUMED + LINE * me, consumed)
         rank += num_threads()
     missing = 0
     rank = num_threads() - 1 - thread_rank()                     # the last warp: the first ones have lists to make
     while rank < RANKS:
         missing |= ld8_relaxed(base + FAILED)                    # an operation before this one failed: send nothing more
-        missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + LINE * rank, previous_epoch(before))
+        missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + LINE * rank, previous_epoch(previous_epoch(epoch)))
         rank += num_threads()
     return 1 - syncthreads_or(missing)
 
 
 def tell_begun(part, watch, me, what):
     """Tell every rank that this operation has begun here; `what`: COMBINE, or how many tokens a dispatch sends."""
-    base, _, epoch = watch
+    _, _, epoch = watch
     rank = thread_rank()
     while rank < RANKS and part == 0:
-        tell(count_slot(peer(base, rank), epoch, me), epoch, what)
+        tell(counts_for(watch, rank, me), epoch, what)
         rank += num_threads()
 
 
@@ -126,3 +127,14 @@ def selects(topk_idx, index_bytes, token, rank):
         expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
         hit |= expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank
     return 1 if hit else 0
+
+
+def selections(topk_idx, index_bytes, token, rank):
+    """How many experts of a rank a token selects."""
+    hits = 0
+    for k in range(TOPK):
+        at = topk_idx + index_bytes * (token * TOPK + k)
+        expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
+        if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank:
+            hits += 1
+    return hits

@@ -4,14 +4,15 @@ Rows are numbered per *group*: an expert, or in the rank-major layout a rank.  O
 of its tokens that have any), the n-th in (token, k) order has *place* n; with the counts of the lower ranks before it, that is
 its row.  So the rows of a group are ordered by (source rank, source token, k) without sorting.
 """
-from ..channels.memory import patience, peer, report, take_word, tell, wait_count
+from ..channels.memory import patience, report, take_word, tell, wait_count
 from .basics import after, expert_at, lanes_before, num_warps, warp_rank
 from .lang import (add4, ballot, lane, ld4_nc, ld4_shared, ld8_relaxed, ld8_relaxed_if, ld8_shared, num_threads, polls_per_look,
                    popc, shared, st4, st4_shared, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod,
                    warp_size)
 from .low_latency import (BAD_EXPERT, DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, EXPERTS, LOCAL_EXPERTS,
-                          MAX_TOKENS, NO_ROOM, OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, begin, count_slot,
-                          tell_begun, wait_begun)
+                          MAX_TOKENS, NO_ROOM, OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, begin, tell_begun,
+                          wait_begun)
+from .low_latency_boxes import count_slot, counts_for, is_port_peer, places_for, routes_for
 from .op import rare
 
 GROUPS = LOCAL_GROUPS = 0                       # all groups; those of a rank
@@ -51,9 +52,8 @@ def send_routes(part, parts, watch, me, half, first, selections, selected):
         route = expert + 1
         if WEIGHTED:
             route |= ld4_shared(shared() + 4 * (CHUNK * TOPK + i)) << 32
-        slot = half + 8 * (me * MAX_TOKENS * TOPK + first + i)
         for r in range(RANKS):
-            st8_relaxed(peer(base, after(me, r + 1)) + slot, route)
+            st8_relaxed(routes_for(watch, after(me, r + 1), me, half) + 8 * (first + i), route)
         i += parts * num_threads()
 
 
@@ -81,8 +81,8 @@ def number_hits(hit, slot, count):
     return count + popc(hits)
 
 
-def number_group(group, memory, me, half, first, tokens, count):
-    """One warp numbers what is of a group among the staged tokens, from `count` on; `memory`: that of the group's rank."""
+def number_group(group, places, first, tokens, count):
+    """One warp numbers what is of a group among the staged tokens, from `count` on; `places`: see `places_for`."""
     per_item = TOPK if RANK_MAJOR else 1                         # selections
     items = tokens if RANK_MAJOR else tokens * TOPK
     step = 8 * per_item * warp_size()
@@ -92,7 +92,7 @@ def number_group(group, memory, me, half, first, tokens, count):
         hit1 = is_of_group(group, i + warp_size(), items)
         hit2 = is_of_group(group, i + 2 * warp_size(), items)
         hit3 = is_of_group(group, i + 3 * warp_size(), items)
-        slot = memory + half + PLACES + 8 * ((me * MAX_TOKENS + first) * TOPK + i * per_item)
+        slot = places + 8 * (first * TOPK + i * per_item)
         count = number_hits(hit0, slot, count)
         count = number_hits(hit1, slot + step, count)
         count = number_hits(hit2, slot + 2 * step, count)
@@ -106,7 +106,7 @@ def announce(part, parts, watch, me, lag, half, topk_idx, topk_weights, num_toke
 
     Shared memory: the staged selections, then how many of each of this block's groups were numbered so far.
     """
-    base, _, epoch = watch
+    _, _, epoch = watch
     numbered = shared() + (4 * CHUNK * TOPK * (1 + WEIGHTED) + 7 & -8)
     first = 0
     while first < num_tokens or first == 0:
@@ -123,13 +123,12 @@ def announce(part, parts, watch, me, lag, half, topk_idx, topk_weights, num_toke
         while part + turn * parts < GROUPS:                      # a warp for each group; neighbouring ones in different blocks
             group = part + turn * parts
             owner = udiv(group, LOCAL_GROUPS)
-            memory = peer(base, owner)
             count = ld8_shared(numbered + 8 * turn) if first > 0 else 0
-            count = number_group(group, memory, me, half, first, tokens, count)
+            count = number_group(group, places_for(watch, owner, me, half), first, tokens, count)
             if lane() == 0:
                 st8_shared(numbered + 8 * turn, count)
                 if first + CHUNK >= num_tokens:
-                    tell(count_slot(memory, epoch, me) + 8 * (1 + group - owner * LOCAL_GROUPS), epoch, count)
+                    tell(counts_for(watch, owner, me) + 8 * (1 + group - owner * LOCAL_GROUPS), epoch, count)
             turn += num_warps()
         syncthreads()
         first += CHUNK
@@ -151,10 +150,11 @@ def tokens_of(watch, source, waited):
 
 
 def measure_waits(part, watch, wait_stats):
-    """Add up how long this rank waits for each source to begin; before anything else waits."""
+    """Add up how long this rank waits for each source to begin; before anything else waits.  (For port peers: `wait_for_mail`.)"""
     source = thread_rank()
     while wait_stats != 0 and part == 0 and source < RANKS:
-        tokens_of(watch, source, wait_stats)
+        if is_port_peer(watch[0], source) == 0:
+            tokens_of(watch, source, wait_stats)
         source += num_threads()
 
 

@@ -4,45 +4,69 @@ An expert's rank sends the output for (token, k) to the token's rank, which sums
 """
 from ..channels.memory import peer
 from .basics import add_entry, list_bytes, num_warps, warp_rank
-from .lang import (lane, ld4_nc_if, ld8_nc_if, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
-                   warp_size)
-from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS, PER_LANE, RECEIVERS,
-                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
+from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st8, st8_shared, st16, st16_relaxed, syncwarp,
+                   to_bf16, udiv, umod, warp_size)
+from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, COMBINE_PROXY, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
+                          PER_LANE, RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
+from .low_latency_boxes import PIECE_BYTES, PIECE_HEAD, PORTS, is_port_peer, piece_for
+from .low_latency_mail import ship
 from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
-from .low_latency_units import first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units, wait_for_all
+from .low_latency_units import (claimed_for, first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units,
+                                wait_for_all)
+from .low_latency_unpack import unpack_combine
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
-def copy_four(values, entry, left, outputs):
-    """Store 16 bytes of each of four listed rows to a token's outputs."""
+def copy_four(values, entry, left, outputs, stride):
+    """Store 16 bytes of each of four listed rows to a token's outputs, which are `stride` bytes apart."""
     value0, value1, value2, value3 = values
     k0, k1, k2, k3 = four_words(entry + 8)
     if left > 0:
-        st16_relaxed(outputs + k0 * ROW_BYTES, present(value0))
+        st16_relaxed(outputs + k0 * stride, present(value0))
     if left > 1:
-        st16_relaxed(outputs + k1 * ROW_BYTES, present(value1))
+        st16_relaxed(outputs + k1 * stride, present(value1))
     if left > 2:
-        st16_relaxed(outputs + k2 * ROW_BYTES, present(value2))
+        st16_relaxed(outputs + k2 * stride, present(value2))
     if left > 3:
-        st16_relaxed(outputs + k3 * ROW_BYTES, present(value3))
+        st16_relaxed(outputs + k3 * stride, present(value3))
 
 
-def copy_listed(values, rows, count, outputs, offset):
+def copy_listed(values, rows, count, outputs, stride, offset):
     """Copy 16 bytes of listed rows; `values`: of the first four."""
-    copy_four(values, rows, count, outputs + offset)
+    copy_four(values, rows, count, outputs + offset, stride)
     entry, left = rows + 64, count - 4
     while left > 0:
-        copy_four(load_four(entry, offset, left), entry, left, outputs + offset)
+        copy_four(load_four(entry, offset, left), entry, left, outputs + offset, stride)
         entry += 64
         left -= 4
 
 
-def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
+def pack_outputs(watch, me, rows, count, unit, claims):
+    """Where listed outputs go for a port peer, one piece after another, in whose list k becomes the index of the piece.  The warp
+    that has the first slice writes their heads."""
+    first = piece_for(watch, source_of(unit, me), claimed_for(unit, me, claims))
+    i = lane()
+    while i < count:
+        if umod(unit, slices()) == 0:
+            st8(first + i * PIECE_BYTES, (token_of(unit) * TOPK + ld8_shared(rows + 16 * i + 8)) * ROW_BYTES)
+        st8_shared(rows + 16 * i + 8, i)
+        i += warp_size()
+    syncwarp()
+    return first + PIECE_HEAD
+
+
+def outputs_for(watch, me, half, rows, count, unit, claims):
+    """Where the outputs of a list go: the address for k = 0, and how far it is to the next."""
+    if is_port_peer(watch[0], source_of(unit, me)):
+        return pack_outputs(watch, me, rows, count, unit, claims), PIECE_BYTES
+    return peer(watch[0], source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES, ROW_BYTES
+
+
+def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, claims):
     """The output of every row this rank received, back to the slot of its (token, k) on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
     """
-    base, _, _ = watch
     rows = shared() + warp_rank() * list_bytes(TOPK)
     unit = first_unit(part, parts)
     count = list_unit(rows, unit, me, y, row_of, 0, sent)
@@ -51,11 +75,11 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent):
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        outputs = peer(base, source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES
+        outputs, stride = outputs_for(watch, me, half, rows, count, unit, claims)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES:
-                copy_listed(ahead if piece == 0 else load_four(rows, offset, count), rows, count, outputs, offset)
+                copy_listed(ahead if piece == 0 else load_four(rows, offset, count), rows, count, outputs, stride, offset)
         syncwarp()
         unit += parts * num_warps()
         count = list_unit(rows, unit, me, y, row_of, 0, sent)
@@ -106,14 +130,18 @@ def sum_outputs(part, parts, watch, me, half, y, topk_idx, topk_weights, selecte
 
 
 def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, wait_stats, row_of, sent,
-            selected, out):
-    """The kernel.  y [L, R*M, H] bf16; row_of, sent and selected as `dispatch` left them; out [T, H] bf16."""
+            claims, selected, out):
+    """The kernel.  y [L, R*M, H] bf16; row_of, sent, claims and selected as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if sender < SENDERS:
-            send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent)
+            send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent, claims)
+        if PORTS:
+            ship(watch, COMBINE_PROXY, me, lag, claims + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
+            if PORTS:
+                unpack_combine(receiver, RECEIVERS, watch, me, half, wait_stats)
             sum_outputs(receiver, RECEIVERS, watch, me, half, y, topk_idx, topk_weights, selected, row_of, num_tokens, out)
     end_epoch(base, watch[2])

@@ -9,10 +9,14 @@ from .basics import after, lanes_before, num_warps, warp_rank
 from .lang import (ballot, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_threads, popc, present,
                    shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, to_e4m3,
                    udiv, umod, warp_size)
-from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR, RANKS, RECEIVERS,
-                          ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, begin, end_epoch, enter, selects)
+from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_PROXY, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR,
+                          RANKS, RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, begin, end_epoch, enter, selections,
+                          selects)
 from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
                                    read_counts, take_selections, take_token, wait_for_tokens)
+from .low_latency_boxes import CLAIMS, PORTS, claim_row
+from .low_latency_mail import ship
+from .low_latency_unpack import unpack_dispatch
 from .quantize import PIECES, block_amax, factor_of, first_piece, lanes_per_block, load_piece, scale_of, span
 
 CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
@@ -27,20 +31,32 @@ def reads_own_x():
     return SENDERS > 0 and RECEIVERS > 0 and not FP8
 
 
-def list_destinations(addresses, base, me, topk_idx, token):
+def row_for(watch, rank, memory, me, half, topk_idx, token):
+    """Where the row of a token goes for a rank that owns an expert it selects, as if halves began at 0.  memory: the rank's."""
+    slot = ROWS + (me * MAX_TOKENS + token) * WIRE_BYTES
+    if PORTS and memory == 0:
+        return claim_row(watch, rank, slot, token, selections(topk_idx, INDEX_BYTES, token, rank)) - half
+    return memory + slot
+
+
+def list_destinations(addresses, watch, me, half, topk_idx, token):
     """One warp lists where a token goes, the next rank first: its slot (in a half) on every rank that owns an expert it selects.
-    Returns how many.  A lane for each rank, whose address it loads before it knows whether the token goes there."""
+    Returns how many.  A lane for each rank, whose address it loads before it knows whether the token goes there.
+
+    With port peers it must be called once for each token, after `begin`, since it writes heads of pieces.
+    """
     count = 0
     ranks = RANKS - 1 if reads_own_x() else RANKS
     first = 0
     while first < ranks:
         i = first + lane()
         rank = after(me, i + 1 if i < ranks else 0)
-        memory = peer(base, rank)
+        memory = peer(watch[0], rank)
         hit = selects(topk_idx, INDEX_BYTES, token, rank) if i < ranks else 0
         hits = ballot(hit)
         if hit != 0:
-            st8_shared(addresses + 8 * (count + lanes_before(hits)), memory + ROWS + (me * MAX_TOKENS + token) * WIRE_BYTES)
+            row = row_for(watch, rank, memory, me, half, topk_idx, token)
+            st8_shared(addresses + 8 * (count + lanes_before(hits)), row)
         count += popc(hits)
         first += warp_size()
     return count
@@ -116,15 +132,17 @@ def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
     end = shared() + warps * stride
     cuts = num_tokens * CUTS
     first, cut, done = part, part + team * parts, 0
+    if PORTS and begin(watch, DISPATCH_CONSUMED, me, lag) == 0:
+        return
     low, high = look_at(x, cut, done, num_tokens)
     while first < cuts or first == part:
         listed = first + warp * parts
         count = 0
         if listed < cuts:
-            count = list_destinations(shared() + warp * stride + 8, watch[0], me, topk_idx, udiv(listed, CUTS))
+            count = list_destinations(shared() + warp * stride + 8, watch, me, half, topk_idx, udiv(listed, CUTS))
         if lane() == 0:
             st8_shared(shared() + warp * stride, count)
-        if first > part:
+        if PORTS or first > part:
             syncthreads()
         elif begin(watch, DISPATCH_CONSUMED, me, lag) == 0:
             return
@@ -203,7 +221,7 @@ def deliver_scale(slot, offset, scale, scales):
 
 
 def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of, sent,
-                 weight_of, recv_topk_idx, recv_stats, wait_stats):
+                 weight_of, recv_topk_idx, recv_stats):
     """Rows in the order in which they arrive.  A warp lists where a row goes, then the block copies the warps' rows.
 
     A thread has a first look at its next 16 bytes before it stores the last ones.
@@ -214,7 +232,6 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
     entries, end = lists + warp * stride + 8, lists + warps * stride
     units = MAX_TOKENS * RANKS
     unit = part
-    measure_waits(part, watch, wait_stats)
     while unit < units:
         listed = unit + warp * parts
         token, source = udiv(listed, RANKS), source_of(listed, me)
@@ -270,7 +287,7 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats,
-             recv_x, scales, recv_count, src_info, layout_range, recv_topk_idx, weight_of, row_of, sent, selected):
+             recv_x, scales, recv_count, src_info, layout_range, recv_topk_idx, weight_of, row_of, sent, claims, selected):
     """The kernel.  Arrays as in `Buffer.low_latency_dispatch` (0 where there is none), and for combine:
 
     row_of         [R, M, K] int64: the row of recv_x (over all local experts) that a source's selection got, or -1; in the
@@ -278,6 +295,8 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
     weight_of      [R, M, K] fp32: the weight of a source's selection, where row_of has a row; in the rank-major layout the
                    caller's recv_topk_weights
     sent           [R] int64: how many tokens each source has; in the rank-major layout, how many came here
+    claims         [R, M + 1] int64, of sources that are port peers, unless rank-major: where in the box that goes back the pieces
+                   made of a token begin; behind the tokens, how many pieces there are
     selected       [M, K] int64: the experts of this rank's own selections, or -1
     """
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
@@ -289,8 +308,13 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
             announce(announcer, announcers, watch, me, lag, half, topk_idx, topk_weights, num_tokens, selected)
         if sender < SENDERS:
             send_rows(sender, SENDERS, watch, me, lag, half, x, topk_idx, num_tokens)
+        if PORTS:
+            ship(watch, DISPATCH_PROXY, me, lag, base + CLAIMS, 8)
     if RECEIVERS > 0:
         if receiver >= 0:
+            measure_waits(receiver, watch, wait_stats)
+            if PORTS:
+                unpack_dispatch(receiver, RECEIVERS, watch, me, half, claims, wait_stats)
             receive_rows(receiver, RECEIVERS, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of,
-                         sent, weight_of, recv_topk_idx, recv_stats, wait_stats)
+                         sent, weight_of, recv_topk_idx, recv_stats)
     end_epoch(base, watch[2])

@@ -6,13 +6,16 @@ weighted already, and the partials are the rows of y.
 """
 from ..channels.memory import peer
 from .basics import add_entry, list_bytes, num_warps, warp_rank
-from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, shared, st16, st16_relaxed, syncwarp, to_bf16, udiv,
-                   warp_size)
-from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS, RECEIVERS,
-                          ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
+from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, shared, st8, st16, st16_relaxed, syncwarp, to_bf16,
+                   udiv, umod, warp_size)
+from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, COMBINE_PROXY, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS,
+                          RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
+from .low_latency_boxes import PIECE_HEAD, PORTS, is_port_peer, piece_for
+from .low_latency_mail import ship
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
-from .low_latency_units import (first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
+from .low_latency_units import (claimed_for, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
                                 tokens_here, travels, units, wait_for_all)
+from .low_latency_unpack import unpack_combine
 
 ONE = 0x3F800000                                # 1.0 as bits of fp32
 
@@ -24,12 +27,23 @@ def rows_bytes():
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
-def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent):
+def partial_for(watch, me, half, unit, token, i, exists):
+    """Where the partial of a token goes; i: the index of its piece, if it goes to a port peer.  The warp that has the first slice
+    writes the piece's head, if there is a partial at all."""
+    source, slot = source_of(unit, me), (me * MAX_TOKENS + token) * ROW_BYTES
+    if is_port_peer(watch[0], source):
+        piece = piece_for(watch, source, i)
+        if exists and umod(unit, slices()) == 0 and lane() == 0:
+            st8(piece, slot)
+        return piece + PIECE_HEAD
+    return peer(watch[0], source) + half + slot
+
+
+def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent, claims):
     """The partial of every token that has rows here, to slot [me][token] on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
     """
-    base, _, _ = watch
     rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
     unit = first_unit(part, parts)
     count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
@@ -38,7 +52,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent)
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        slot = peer(base, source_of(unit, me)) + half + (me * MAX_TOKENS + token_of(unit)) * ROW_BYTES
+        slot = partial_for(watch, me, half, unit, token_of(unit), claimed_for(unit, me, claims), count > 0)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES and count > 0:
@@ -61,8 +75,8 @@ def look_up_row(unit, me, y, src_info, sent):
 
 
 def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
-    """Rank-major: every row of y to slot [me][its token] on the token's rank.  The next unit is looked up before one is stored."""
-    base, _, _ = watch
+    """Rank-major: every row of y to slot [me][its token] on the token's rank.  The next unit is looked up before one is stored.
+    In the box for a port peer rows lie as in y."""
     unit = first_unit(part, parts)
     next_value, next_token, next_tokens = look_up_row(unit, me, y, src_info, sent)
     if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
@@ -73,7 +87,7 @@ def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
         unit += parts * num_warps()
         next_value, next_token, next_tokens = look_up_row(unit, me, y, src_info, sent)
         row = y + (source_of(this, me) * MAX_TOKENS + token_of(this)) * ROW_BYTES
-        slot = peer(base, source_of(this, me)) + half + (me * MAX_TOKENS + token) * ROW_BYTES
+        slot = partial_for(watch, me, half, this, token, token_of(this), travels(this, me, tokens))
         for piece in range(PER_LANE):
             offset = offset_of(this, piece)
             if travels(this, me, tokens) and offset < ROW_BYTES:
@@ -123,18 +137,24 @@ def receive_partials(part, parts, watch, me, half, y, row_of, weight_of, selecte
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
-def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stats, row_of, weight_of, src_info, sent, selected,
-                    out):
-    """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent and selected as
-    `dispatch` left them; out [T, H] bf16."""
+def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stats, row_of, weight_of, src_info, sent, claims,
+                    selected, out):
+    """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, claims and selected
+    as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if RANK_MAJOR and sender < SENDERS:
             send_rows(sender, SENDERS, watch, me, lag, half, y, src_info, sent)
         elif sender < SENDERS:
-            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent)
+            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent, claims)
+        if PORTS and RANK_MAJOR:
+            ship(watch, COMBINE_PROXY, me, lag, sent, 8)
+        elif PORTS:
+            ship(watch, COMBINE_PROXY, me, lag, claims + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
+            if PORTS:
+                unpack_combine(receiver, RECEIVERS, watch, me, half, wait_stats)
             receive_partials(receiver, RECEIVERS, watch, me, half, y, row_of, weight_of, selected, num_tokens, out)
     end_epoch(base, watch[2])

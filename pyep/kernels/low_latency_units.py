@@ -9,6 +9,7 @@ from .lang import (lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, syncwarp, th
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_BEGUN, MAX_TOKENS, NEIGHBOURS, OTHER_OPERATION, PER_LANE, RANKS, RECEIVERS, ROW_BYTES,
                           SENDERS, TOPK, WEIGHTED, wait_begun)
+from .low_latency_boxes import PORTS, is_port_peer
 
 # ---- slices and units ------------------------------------------------------------------------------------------------
 
@@ -70,6 +71,11 @@ def travels(unit, me, tokens):
     return unit < units() and token_of(unit) < tokens and (source_of(unit, me) != me or not reads_own_y())
 
 
+def claimed_for(unit, me, claims):
+    """In sending to a port peer: the index of the first piece of what goes back for a unit's token, see `claim_row`."""
+    return ld8_nc(claims + 8 * (source_of(unit, me) * (MAX_TOKENS + 1) + token_of(unit))) if PORTS else 0
+
+
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 def list_unit(rows, unit, me, y, row_of, weight_of, sent):
@@ -98,10 +104,11 @@ def list_rows(rows, source, token, wanted, y, row_of, weight_of):
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 def wait_for_all(part, parts, watch, wait_stats):
-    """One warp makes sure that every rank has begun this operation, also those that have nothing for this rank."""
+    """One warp makes sure that every rank has begun this operation, also those that have nothing for this rank.  (Port peers: see
+    `low_latency_unpack`.)"""
     rank = num_threads() - 1 - thread_rank()                     # the last of all: it has the least to sum
     while rank < RANKS and part == parts - 1:
-        begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats)
+        begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats) if is_port_peer(watch[0], rank) == 0 else COMBINE
         if begun != COMBINE:
             report(watch, OTHER_OPERATION, rank, watch[0], COMBINE, begun)
         rank += num_threads()
