@@ -12,7 +12,9 @@ import ranks
 
 from pyep.__main__ import main
 from pyep.channels import infiniband
+from pyep.channels.nodes import Nodes
 from pyep.doctor import Alone, hardware, report, software
+from pyep.doctor import ranks as doctor_of_ranks
 from pyep.doctor.finding import Finding, Section, seen
 
 cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="what there is of the CPU engine")
@@ -134,6 +136,13 @@ importlib.metadata.version = of_cpu"""
 
 
 # ---- single findings -------------------------------------------------------------------------------------------------
+
+def test_memory():
+    """Between nodes four boxes for each of two port peers, of one and a half times a half of 14 MiB."""
+    within, between = (doctor_of_ranks.memory(Nodes(of, 0)).found for of in ((0, 0, 0, 0), (0, 0, 1, 1)))
+    assert within.startswith("28 MiB for 128 tokens a rank") and "nodes" not in within
+    assert between == within + ", and 168 MiB for what travels between nodes"
+
 
 def test_what_fails_while_looking():
     def look():

@@ -106,6 +106,9 @@ def memory(nodes):
     """What a low-latency buffer of a usual shape takes on each rank."""
     tokens, hidden, experts, topk = SHAPE
     experts -= experts % len(nodes.of)
-    nbytes = layout.low_latency_size_hint(tokens, hidden, len(nodes.of), experts, topk)
+    ranks = len(nodes.of)
+    nbytes = layout.low_latency_size_hint(tokens, hidden, ranks, experts, topk)
+    *_, last = layout.boxes(nbytes, layout.most_port_peers(nodes.of), layout.half_capacity(nbytes, ranks))
+    between = f", and {(last.end - nbytes) / 2**20:.0f} MiB for what travels between nodes" if nodes.count > 1 else ""
     return Finding("low latency", f"{nbytes / 2**20:.0f} MiB for {tokens} tokens a rank, hidden {hidden}, top-{topk} of {experts} "
-                   f"experts: num_rdma_bytes={nbytes}")
+                   f"experts: num_rdma_bytes={nbytes}{between}")
