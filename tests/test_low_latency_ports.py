@@ -26,6 +26,7 @@ from pyep.channels.handles import SIGNAL
 from pyep.channels.host import HostTransport
 from pyep.channels.memory import LAST_EPOCH
 from pyep.channels.proxy import Proxy
+from pyep.layout import control_bytes
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="about the ports of the CPU engine")
 
@@ -73,9 +74,20 @@ def named(n, per_node, pair):
     return pytest.param(n, per_node, pair, id=f"{n}-by-{per_node}-{pair[0][1]}-{name_of(pair[1])}")
 
 
+def rounds_that_leave_nothing(comm, pair):
+    """Whatever was unpacked was taken out again: afterwards both halves are as they were."""
+    buf = within.shared_buffer(comm.size)
+    within.rounds(buf, pair)
+    comm.Barrier()
+    memory = buf.get_local_buffer_tensor(np.uint8, use_rdma_buffer=True)[control_bytes(comm.size):]
+    for half in memory, memory[buf._connection.half_bytes:]:
+        assert (half[:buf._ready_bytes] == 0xFF).all()
+    comm.Barrier()
+
+
 @pytest.mark.parametrize("n, per_node, pair", [named(n, per_node, pair) for n, per_node in NODES for pair in PAIRS[n]])
 def test_shapes_and_modes(n, per_node, pair):
-    ranks.run(n, between_nodes, per_node, within.rounds_in_shared_buffer, pair)
+    ranks.run(n, between_nodes, per_node, rounds_that_leave_nothing, pair)
 
 
 @st.composite
@@ -155,8 +167,20 @@ def test_statistics():
 # ---- in any order of events ------------------------------------------------------------------------------------------
 
 def always_two_in_flight(comm, rounds):
+    send_ahead(within.shared_buffer(comm.size), comm, rounds, PAIRS[comm.size])
+
+
+def always_two_in_flight_in_a_wide_shape(comm, rounds):
+    """The kernels are those of `test_a_wide_shape`."""
+    hidden, mode = BY_RANK
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYEP_CPU_SHAPE", "2,8,4")
+        with make_buffer(comm, 6, hidden, 3 * comm.size, 3) as buf:
+            send_ahead(buf, comm, rounds, [((6, hidden, 3, 3, np.int64), mode)])
+
+
+def send_ahead(buf, comm, rounds, pairs):
     """All ranks send operation n + 1 before they receive n, all the time: nobody has consumed more than that."""
-    buf, pairs = within.shared_buffer(comm.size), PAIRS[comm.size]
     waiting = None
     for seed in range(rounds):
         case = within.case_of(pairs[seed % len(pairs)], seed, tuple((seed + r) % 6 for r in range(comm.size)))
@@ -194,8 +218,9 @@ def test_thousand_rounds_with_slow_proxies(n, per_node, rounds):
     ranks.run(n, between_nodes, per_node, with_slow_proxies, within.back_to_back, rounds)
 
 
-def test_two_in_flight_with_slow_proxies():
-    ranks.run(3, between_nodes, 1, with_slow_proxies, always_two_in_flight, 60)
+@pytest.mark.parametrize("body", [always_two_in_flight, always_two_in_flight_in_a_wide_shape])
+def test_two_in_flight_with_slow_proxies(body):
+    ranks.run(3, between_nodes, 2, with_slow_proxies, body, 60)
 
 
 def rounds_with_a_small_fifo(comm):
