@@ -220,7 +220,7 @@ def test_thousand_rounds_with_slow_proxies(n, per_node, rounds):
 
 @pytest.mark.parametrize("body", [always_two_in_flight, always_two_in_flight_in_a_wide_shape])
 def test_two_in_flight_with_slow_proxies(body):
-    ranks.run(3, between_nodes, 2, with_slow_proxies, body, 60)
+    ranks.run(3, between_nodes, 2, with_slow_proxies, body, 25)
 
 
 def rounds_with_a_small_fifo(comm):
