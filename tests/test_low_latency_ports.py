@@ -139,6 +139,7 @@ def test_combine_with_masked_selections():
 def waits_for_late_ranks(comm):
     """Each rank in turn comes late; returns by turn what this one waited for each, in ms: dispatch, combine."""
     buf, case, turns = within.shared_buffer(comm.size), case_of(comm.size), []
+    run_round(buf, case)                                         # the first use of a shape compiles, and ranks meet
     x, idx, weights, y = case.make()
     for late in range(comm.size):
         waits = [np.zeros(comm.size, np.int64) for _ in range(2)]
