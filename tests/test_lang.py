@@ -127,7 +127,7 @@ def all_threads():
 def wait_for(address, goal, until):
     """Wait until a counter is `goal` or more, but not for ever: a broken op shall fail its test, not hang it."""
     while ld8_acquire(address) < goal and clock_ns() < until:
-        pause(20)
+        pause(1)
 
 
 # ---- who am I --------------------------------------------------------------------------------------------------------
@@ -394,14 +394,14 @@ def play_rows(rows, n, got):
         slot = rows + 16 * (i & 1)
         if block_rank() == 0:
             while absent(ld16_relaxed(slot)) == 0 and clock_ns() < until:
-                pause(20)
+                pause(1)
             st16(rows + 128, absence())
             st8(rows + 128, i)
             st16_relaxed(slot, present(ld16(rows + 128)))
         if block_rank() == 1:
             value = ld16_relaxed(slot)
             while absent(value) != 0 and clock_ns() < until:
-                pause(20)
+                pause(1)
                 value = ld16_relaxed(slot)
             st16(got + 16 * i, value)
             st16_relaxed(slot, absence())
@@ -677,7 +677,7 @@ def tick(n, out):
     i = 0
     while i < n:
         st8(out + 8 * (n * my_thread() + i), clock_ns())
-        pause(100)
+        pause(i & 1)
         i += 1
 
 

@@ -33,7 +33,7 @@ from pyep.kernels.lang import block_rank, fetch_add8, ld8, num_threads, st8, syn
 from pyep.kernels.op import Cpu
 from pyep.own_kernels import Channels
 
-pytestmark = [pytest.mark.timeout(120, method="thread"),
+pytestmark = [pytest.mark.timeout(300, method="thread"),
               pytest.mark.skipif(on_gpu(), reason="about the ports of the CPU engine; see test_mscclpp.py")]
 
 ROOM, SIGNALLED, FLUSHED, WORDS = 201, 202, 203, 204        # the numbers of the waits in the kernels below

@@ -19,6 +19,7 @@ STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memor
 ABSENT, ABSENT4 = -1, 0xFFFFFFFF                # a word of 8 bytes, of 4 bytes, that has not come
 LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and start over: neither 0 nor 0xffffffff is one
 HOST_WORDS = 16 + 2047                          # that kernels write for the host beside it; 2047: layout.MAX_LOCAL_EXPERTS
+LONG_NS = 50_000                                # what a thread has waited when it need not be the first to see what it waits for
 RECORD = ("state", "wait", "peer", "offset", "expected", "seen", "epoch")      # the words of the status block
 
 
@@ -71,9 +72,9 @@ def patience(deadline, watch, wait, source, address, expected, seen):
     """A waiting thread calls this now and then: its deadline (0: none set yet), or -1 when it must give up."""
     base, timeout, _ = watch
     now = clock_ns()
-    pause(20)
     if deadline == 0:
         deadline = now + timeout
+    pause(1 if now - (deadline - timeout) > LONG_NS else 0)
     if ld8_relaxed(base + FAILED) != 0:
         return -1
     if now > deadline:

@@ -379,9 +379,13 @@ def polls_per_look():
     may need the core."""
 
 
-@op(void, (i64,), ptx="{ .reg .b32 t; cvt.u32.u64 t, $0; nanosleep.u32 t; }", cpu=llvm.yield_core)
-def pause(ns):
-    """Leave the core to others for about `ns`; on the CPU, give up the time slice."""
+@op(void, (i64,), ptx="nanosleep.u32 20;", cpu=llvm.rest)
+def pause(long):
+    """A waiting thread leaves the core to others: on the CPU for a turn, or, if it has waited `long`, for 50 us.
+
+    Nobody may wait by turns alone: under Linux 6.18 threads that keep giving up their turns can starve others for minutes (each
+    time puts the thread a whole time slice back, and the sums of these outgrow the scheduler's 64 bits).
+    """
 
 
 # ---- shared memory of a block: dynamic, its size given at launch -----------------------------------------------------
@@ -457,9 +461,10 @@ def _exchange():
 def _meet(counter, n):
     """`n` threads meet; the counter only grows, so it needs no reset."""
     if n > 1:
-        goal = (fetch_add8(counter, 1) // n + 1) * n
+        goal, polls = (fetch_add8(counter, 1) // n + 1) * n, 0
         while ld8_acquire(counter) < goal:
-            pause(0)
+            pause(1 if polls >= 20 else 0)
+            polls += 1
 
 
 @op(ptx="bar.sync 0;", collective=True)

@@ -217,5 +217,13 @@ def clock(b, machine):
     return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), nanoseconds)
 
 
-def yield_core(b, machine, ns):
-    b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])
+def rest(b, machine, long):
+    """Give up the time slice, or sleep if `long`: 50 us, which is how exact the sleeps of Linux are."""
+    time = cgutils.alloca_once_value(b, ir.Constant(ir.ArrayType(I64, 2), [0, 50_000]))          # seconds, nanoseconds
+    sleep = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [time.type, time.type]), "nanosleep")
+    give_way = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
+    with b.if_else(b.icmp_signed("!=", long, ir.Constant(I64, 0))) as (sleeping, yielding):
+        with sleeping:
+            b.call(sleep, [time, ir.Constant(time.type, None)])
+        with yielding:
+            b.call(give_way, [])
