@@ -688,6 +688,7 @@ def test_clock(shape):
     run(tick, shape, 50, out)
     after = time.monotonic_ns()
     assert (np.diff(out) >= 0).all() and out.max() > out.min()
+    assert np.ptp(out, axis=1).min() > 24 * 50_000                        # every other pause was a sleep
     assert before <= out.min() and out.max() <= after
 
 

@@ -36,7 +36,7 @@ class CpuKernel:
 
     def _block(self, block, blocks, machine, shared_bytes):
         """The contexts of one block's threads, which share barriers, exchange words and shared memory."""
-        barriers = (ctypes.c_int64 * (8 * (2 + machine.threads // machine.warp)))()
+        barriers = llvm.barriers([machine.threads] + machine.threads // machine.warp * [machine.warp])
         exchange = (ctypes.c_int64 * machine.threads)()
         shared = (ctypes.c_int64 * (shared_bytes // 8 + 1))()
         self._keep += [barriers, exchange, shared]

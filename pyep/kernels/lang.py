@@ -10,7 +10,7 @@ On the CPU each GPU thread is an OS thread; the collectives' Python bodies below
 from llvmlite import ir
 
 from . import llvm
-from .llvm import I32, I64, V16
+from .llvm import BARRIER_BYTES, I32, I64, V16
 from .op import f32, f32x8, i64, op, v16, void
 
 # ---- who am I --------------------------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def previous_kernel_done():
 
 @op(i64, ptx=lambda b: ir.Constant(I64, 0), cpu=llvm.context("barriers"), pure=True)
 def _barriers():
-    """CPU only: counters of the block's barrier and of its warps' barriers, 64 bytes apart."""
+    """CPU only: the block's barrier and those of its warps, `BARRIER_BYTES` apart."""
 
 
 @op(i64, ptx=lambda b: ir.Constant(I64, 0), cpu=llvm.context("exchange"), pure=True)
@@ -458,19 +458,16 @@ def _exchange():
     """CPU only: one word per thread of the block."""
 
 
-def _meet(counter, n):
-    """`n` threads meet; the counter only grows, so it needs no reset."""
-    if n > 1:
-        goal, polls = (fetch_add8(counter, 1) // n + 1) * n, 0
-        while ld8_acquire(counter) < goal:
-            pause(1 if polls >= 20 else 0)
-            polls += 1
+@op(void, (i64,), ptx="", cpu=llvm.meet)
+def _meet(barrier):
+    """CPU only: wait at a barrier for the others."""
 
 
 @op(ptx="bar.sync 0;", collective=True)
 def syncthreads():
     """The block meets; what its threads stored before is visible to all of them after."""
-    _meet(_barriers(), num_threads())
+    if num_threads() > 1:
+        _meet(_barriers())
 
 
 @op(i64, (i64,), ptx="{ .reg .pred p; setp.ne.s64 p, $1, 0; bar.red.or.pred p, 0, p; selp.b64 $0, 1, 0, p; }", collective=True)
@@ -491,7 +488,8 @@ def syncthreads_or(vote):
 @op(ptx="bar.warp.sync 0xffffffff;", collective=True)
 def syncwarp():
     """The warp meets; what its lanes stored before is visible to all of them after."""
-    _meet(_barriers() + 64 * (1 + udiv(thread_rank(), warp_size())), warp_size())
+    if warp_size() > 1:
+        _meet(_barriers() + BARRIER_BYTES * (1 + udiv(thread_rank(), warp_size())))
 
 
 @op(i64, (i64, i64), ptx="{ .reg .b32 l,h,s; mov.b64 {l,h}, $1; cvt.u32.u64 s, $2; shfl.sync.idx.b32 l, l, s, 0x1f, 0xffffffff;"

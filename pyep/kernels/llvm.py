@@ -193,6 +193,36 @@ def to_e4m3(b, machine, low, high, factor):
     return b.bitcast(b.trunc(both, _I8X16), V16)
 
 
+# ---- waiting for others ----------------------------------------------------------------------------------------------
+
+BARRIER_BYTES = 64                              # more than a pthread_barrier_t has, and a cache line
+
+
+def barriers(sizes):
+    """Barriers (bytes; the caller keeps them), `BARRIER_BYTES` apart, each for as many threads as `sizes` says."""
+    memory = (ctypes.c_int64 * (BARRIER_BYTES // 8 * len(sizes)))()
+    for k, size in enumerate(sizes):
+        libc.pthread_barrier_init(ctypes.byref(memory, BARRIER_BYTES * k), None, size)
+    return memory
+
+
+def meet(b, machine, barrier):
+    wait = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [I64]), "pthread_barrier_wait")
+    b.call(wait, [barrier])
+
+
+def rest(b, machine, long):
+    """Give up the time slice, or sleep if `long`: 50 us, which is how exact the sleeps of Linux are."""
+    time = cgutils.alloca_once_value(b, ir.Constant(ir.ArrayType(I64, 2), [0, 50_000]))          # seconds, nanoseconds
+    sleep = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [time.type, time.type]), "nanosleep")
+    give_way = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
+    with b.if_else(b.icmp_signed("!=", long, ir.Constant(I64, 0))) as (sleeping, yielding):
+        with sleeping:
+            b.call(sleep, [time, ir.Constant(time.type, None)])
+        with yielding:
+            b.call(give_way, [])
+
+
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 def constant(value):
@@ -215,15 +245,3 @@ def clock(b, machine):
     b.call(read, [ir.Constant(I32, 1), now])
     seconds, nanoseconds = (b.load(cgutils.gep_inbounds(b, now, 0, k)) for k in (0, 1))
     return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), nanoseconds)
-
-
-def rest(b, machine, long):
-    """Give up the time slice, or sleep if `long`: 50 us, which is how exact the sleeps of Linux are."""
-    time = cgutils.alloca_once_value(b, ir.Constant(ir.ArrayType(I64, 2), [0, 50_000]))          # seconds, nanoseconds
-    sleep = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, [time.type, time.type]), "nanosleep")
-    give_way = cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield")
-    with b.if_else(b.icmp_signed("!=", long, ir.Constant(I64, 0))) as (sleeping, yielding):
-        with sleeping:
-            b.call(sleep, [time, ir.Constant(time.type, None)])
-        with yielding:
-            b.call(give_way, [])
