@@ -2,9 +2,7 @@
 
 `ptx` and `cubin` need no GPU.  Numba's own dispatcher is not used: it costs tens of microseconds a launch.
 """
-import contextlib
 import functools
-import gc
 import inspect
 import math
 import os
@@ -15,24 +13,12 @@ from cuda.core import Device, Event, LaunchConfig, Linker, LinkerOptions, Object
 from numba import cuda, types
 
 from . import cache
-from .op import CUDA, bind
+from .op import CUDA, bind, no_garbage_collection
 
 SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a sixth those to more: a row is loaded once for all
 FILLING = 24                    # multiprocessors fill the link with a third of their warps
 REGISTERS = 65536               # of a multiprocessor
 LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
-
-
-@contextlib.contextmanager
-def no_garbage_collection():
-    """Numba makes so many objects while it inlines that looking for garbage among them takes 40% of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def resident_blocks(threads):

@@ -9,9 +9,10 @@ op has become
 
 Names in capitals that a kernel uses are its template parameters: `bind(kernel, machine, TOPK=8)` compiles them in.
 """
+import contextlib
 import functools
+import gc
 import inspect
-import zlib
 from types import FunctionType
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import register_model
+
+from . import cache
 
 i32, i64, f32, void = types.int32, types.int64, types.float32, types.void
 
@@ -78,7 +81,7 @@ class Op:
     @functools.cache
     def on(self, machine):
         if machine != CUDA and self.cpu is None:
-            return numba.njit(error_model="numpy")(bind(self.fn, machine))
+            return helper(self.fn, machine, {})
         if machine == CUDA:
             from numba.cuda.extending import intrinsic
             from numba.cuda.typing import signature
@@ -140,7 +143,10 @@ def op(ret=void, args=(), *, ptx, cpu=None, pure=False, collective=False):
     return lambda fn: Op(fn, ret, args, ptx, cpu, pure, collective)
 
 
+# ---- functions that kernels call -------------------------------------------------------------------------------------
+
 RARE = set()
+HELPERS = {}                                              # compiled ones (Numba's dispatchers), by name
 
 
 def rare(fn):
@@ -149,35 +155,59 @@ def rare(fn):
     return fn
 
 
-def bind(fn, machine, **constants):
-    """`fn` for one machine: its ops and the plain functions it calls become that machine's, `constants` replace globals."""
+def helper(fn, machine, constants):
+    """A function that kernels call, for Numba to call: one for all kernels that want the same, since a kernel has dozens of them.
+
+    Its name tells all that its machine code depends on.  Code from the disk cache brings the symbols of its helpers along, and
+    what has the same name must be the same thing in every process.
+    """
+    used = {name: constants[name] for name in sorted(global_names(fn)) if name in constants}
+    name = cache.key(fn, machine, used)
+    if name not in HELPERS:
+        bound = bind(fn, machine, **used)
+        bound.__name__ = bound.__qualname__ = name
+        HELPERS[name] = for_numba(bound, machine, fn in RARE)
+    return HELPERS[name]
+
+
+def for_numba(bound, machine, rare=False):
+    """A function that Numba compiles into those that call it."""
     if machine == CUDA:
         from numba import cuda
+        return cuda.jit(device=True, inline="always")(bound)      # the only form that compiles without a driver
+    # Without wrappers, which only Python would call: they take a quarter of the time to compile.
+    return numba.njit(error_model="numpy", forceinline=not rare, no_cpython_wrapper=True, no_cfunc_wrapper=True)(bound)
 
-        def helper(fn, rare):
-            return cuda.jit(device=True, inline="always")(fn)         # the only form that compiles without a driver
-    else:
-        def helper(fn, rare):
-            # Without wrappers, which only Python would call: they take a quarter of the time to compile.
-            return numba.njit(error_model="numpy", forceinline=not rare, no_cpython_wrapper=True, no_cfunc_wrapper=True)(fn)
-    helpers = {}                                              # one of each, however many functions call it
-    # Machine code from the disk cache brings helpers' symbols along, numbered by the process that made it; kernels with other
-    # constants must not take each other's.
-    of_kernel = f"_{zlib.crc32(repr((fn.__qualname__, machine, sorted(constants.items()))).encode()):08x}"
 
-    def rebuild(fn, suffix):
-        names = dict(fn.__globals__)
-        for name in fn.__code__.co_names:
-            value = names.get(name)
-            if name in constants:
-                names[name] = constants[name]
-            elif isinstance(value, Op):
-                names[name] = value.on(machine)
-            elif isinstance(value, FunctionType):
-                if value not in helpers:
-                    helpers[value] = helper(rebuild(value, of_kernel), value in RARE)
-                names[name] = helpers[value]
-        bound = FunctionType(fn.__code__, names, fn.__name__ + suffix, fn.__defaults__, fn.__closure__)
-        bound.__qualname__ = bound.__name__
-        return bound
-    return rebuild(fn, "")
+@functools.cache
+def global_names(fn):
+    """The global names that a function and the plain functions that it calls use."""
+    names = fn.__code__.co_names
+    called = (fn.__globals__.get(name) for name in names)
+    return set(names).union(*(global_names(f) for f in called if isinstance(f, FunctionType)))
+
+
+def bind(fn, machine, **constants):
+    """`fn` for one machine: its ops and the plain functions it calls become that machine's, `constants` replace globals."""
+    names = dict(fn.__globals__)
+    for name in fn.__code__.co_names:
+        value = names.get(name)
+        if name in constants:
+            names[name] = constants[name]
+        elif isinstance(value, Op):
+            names[name] = value.on(machine)
+        elif isinstance(value, FunctionType):
+            names[name] = helper(value, machine, constants)
+    return FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)
+
+
+@contextlib.contextmanager
+def no_garbage_collection():
+    """For the time of a compilation: Numba makes so many objects that looking for garbage among them takes up to 40% of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
