@@ -31,8 +31,8 @@ class MscclppTransport(GpuTransport):
     def __init__(self, bootstrap, nodes, nbytes, timeout_s, queue_pairs):
         super().__init__(nodes, nbytes)
         self._bootstrap, self._timeout_s = bootstrap, timeout_s
-        self._objects = Objects()
-        self._end = weakref.finalize(self, self._objects.end, call(runtime.cudaGetDevice))       # also when the interpreter ends
+        self._objects = Objects(call(runtime.cudaGetDevice))
+        self._end = weakref.finalize(self, self._objects.end)    # also when the interpreter ends
         try:
             self._connect(self._agreed_kinds(queue_pairs), channels_per_peer(queue_pairs))
         except Exception:

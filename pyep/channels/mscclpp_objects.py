@@ -5,6 +5,7 @@ So no module keeps any, nor does an exception, and `Objects` says when they go. 
 interpreter lock and has no time limit: it is made only once all ranks are known to have sent what it waits for.
 """
 import concurrent.futures
+import contextlib
 import ctypes
 import struct
 import time
@@ -141,13 +142,14 @@ class Proxy:
 
 
 class Objects:
-    """All of MSCCL++ that a transport holds.
+    """All of MSCCL++ that a transport holds, for one GPU.
 
     bootstrap: MSCCL++'s, until all is connected.  mapped: `Links` to mapped peers, and their `channels`.  served: `Links` to the
     port peers of each proxy, by its number, and the `proxies`.
     """
 
-    def __init__(self):
+    def __init__(self, gpu):
+        self._gpu = gpu
         self.bootstrap = self.mapped = self.channels = None
         self.served, self.proxies = {}, {}
 
@@ -187,20 +189,34 @@ class Objects:
             proxy.stop()
 
     def drop(self):
-        """Let go of everything, peers' memory included; idempotent."""
-        self.stop()
-        self.proxies, self.channels = {}, None                   # what refers to others goes before these
-        self.served, self.mapped = {}, None
-        self.bootstrap = None
+        """Let go of everything, peers' memory included; idempotent.
 
-    def end(self, device):
-        """`drop` once nothing runs on a GPU any more, for a transport that nobody has closed.  Errors are ignored."""
-        if self.proxies or self.channels:
-            _, current = runtime.cudaGetDevice()                 # no new thread: the interpreter may be ending
-            runtime.cudaSetDevice(device)
-            runtime.cudaDeviceSynchronize()
-            runtime.cudaSetDevice(current)
-        self.drop()
+        On the right GPU, since the caller may have chosen another, or none (a thread in which garbage is collected): MSCCL++ unmaps
+        memory and clears semaphores on the current one, and ends the process if it cannot.
+        """
+        with current(self._gpu):
+            self.stop()
+            self.proxies, self.channels = {}, None               # what refers to others goes before these
+            self.served, self.mapped = {}, None
+            self.bootstrap = None
+
+    def end(self):
+        """`drop` once nothing runs on the GPU any more, for a transport that nobody has closed.  Errors are ignored."""
+        with current(self._gpu):
+            if self.proxies or self.channels:
+                runtime.cudaDeviceSynchronize()
+            self.drop()
+
+
+@contextlib.contextmanager
+def current(gpu):
+    """Make a GPU the current one meanwhile.  Errors are ignored."""
+    _, before = runtime.cudaGetDevice()                          # in no thread of its own: the interpreter may be ending
+    runtime.cudaSetDevice(gpu)
+    try:
+        yield
+    finally:
+        runtime.cudaSetDevice(gpu if before is None else before)
 
 
 def require_room(memories, semaphores):
