@@ -90,8 +90,8 @@ CONTROL_OF_BOXES = "BOXES", "CLAIMS", "PACKED", "TOLD", "RECORDS"
 def box_constants(operation, shape):
     """The template parameters of an operation for its boxes."""
     regions = {r.name: r for r in (shape.dispatch_box() if operation == "dispatch" else shape.combine_box())}
-    offsets = {f"BOX_{name.upper()}": regions[name].offset for name in ("routes", "places", "pieces") if name in regions}
-    return dict(offsets, PIECE_BYTES=regions["pieces"].item)
+    offsets = {f"BOX_{name.upper()}": regions[name].offset for name in ("routes", "places", "packets") if name in regions}
+    return dict(offsets, PACKET_BYTES=regions["packets"].item)
 
 
 STAGED = 2048                           # selections that a sending block has in its shared memory at once
@@ -119,7 +119,7 @@ def shared_bytes(operation, shape, warps, announcers):
 def cuts(engine, shape, threads, ports):
     """How the senders of a dispatch cut rows: each cut is a whole number of what a team moves at a time.
 
-    With port peers into one: who lists where a token goes claims its pieces, so it must be listed once.
+    With port peers rows stay whole: to list where a token goes is to claim a packet, so it must be listed once.
     """
     teams = 1 if ports else engine.cuts(threads)
     lanes = min(8, engine.warp)                                  # that share a block of FP8, see `pyep.kernels.quantize`

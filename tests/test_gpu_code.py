@@ -301,7 +301,7 @@ OVERLAP = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 LISTS = ["vote.sync.ballot.b32", "ld.shared.b64", "st.shared.b64", "bar.sync"]
 SUMS = ["fma.rn.f32", "cvt.rn.bf16x2.f32"]
 PORTS = ["st.release.sys.global.v2.u64", "atom.acq_rel.gpu.global.add.u64", "ld.acquire.sys.global.s64"]     # triggers, arrivals
-CLAIMS = "atom.relaxed.gpu.global.add.u64"                                  # of pieces; and of places in a FIFO
+CLAIMS = "atom.relaxed.gpu.global.add.u64"                                  # of packets; and of places in a FIFO
 DIVISION = "div.rn.f32"
 QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", "cvt.rn.satfinite.e4m3x2.f32", "st.relaxed.sys.global.u32"]
 

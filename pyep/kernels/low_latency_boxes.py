@@ -2,8 +2,8 @@
 
 An outbox is in this rank's own memory.  It travels as a whole (`low_latency_mail`), and the peer then copies what it holds to where
 a rank that maps its memory would have stored it (`low_latency_unpack`).  There is one for each port peer and parity of the epoch,
-see `pyep.layout.LowLatency.dispatch_box`: words as in a half, but of one source, then *pieces* close together, so that few bytes
-travel: a head that names a slot, and the row for that slot.
+see `pyep.layout.LowLatency.dispatch_box`: words as in a half, but of one source, then *packets* close together, so that few bytes
+travel: a header that names a slot, and the row for that slot.
 
 Kernels for ranks that all map each other are compiled with PORTS = 0, and nothing of this is in them.
 """
@@ -14,11 +14,12 @@ from .lang import fetch_add8_relaxed, ld8_constant, st8
 PORTS = 0                                       # 1: there are port peers; UNORDERED: only signals keep puts to them in order
 RANKS = MAX_TOKENS = TOPK = COUNTS = COUNTS_STRIDE = PLACES = ROWS = WIRE_BYTES = ROW_BYTES = 0
 BOXES = CLAIMS = 0                              # offsets of control words
-BOX_ROUTES = BOX_PLACES = BOX_PIECES = PIECE_BYTES = 0           # offsets in a box of this operation; of a piece, its head included
+BOX_ROUTES = BOX_PLACES = BOX_PACKETS = 0        # offsets in a box of this operation
+PACKET_BYTES = 0                                # of a packet, its header included
 
 UNORDERED = 2
 CLAIMED, FINGERPRINT, BOX_COUNTS = 0, 8, 16     # offsets in a box of any operation
-PIECE_HEAD = 16                                 # as in pyep.layout
+PACKET_HEADER = 16                              # as in pyep.layout
 
 
 def is_port_peer(base, rank):
@@ -79,19 +80,19 @@ def places_for(watch, rank, me, half):
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
-def piece_for(watch, rank, i):
-    """The address of the i-th piece for a port peer."""
-    return outbox(watch, rank) + BOX_PIECES + i * PIECE_BYTES
+def packet_for(watch, rank, i):
+    """The address of the i-th packet for a port peer."""
+    return outbox(watch, rank) + BOX_PACKETS + i * PACKET_BYTES
 
 
 def claim_row(watch, rank, slot, token, selections):
-    """Where the row of a token goes for a port peer, of whose experts it has so many selections.  Each call claims a piece.
+    """Where the row of a token goes for a port peer, of whose experts it has so many selections.  Each call claims a packet.
 
     slot: where in the half the row belongs.  The claim is told to the peer: in a direct combine, where a row comes back for every
     selection, it knows from how many were claimed before where in its box they go.
     """
     before = fetch_add8_relaxed(watch[0] + CLAIMS + 8 * rank, selections << 32 | 1)
-    piece = piece_for(watch, rank, before & 0xFFFFFFFF)
-    st8(piece, slot)
-    st8(piece + 8, before & ~0xFFFFFFFF | token)
-    return piece + PIECE_HEAD
+    packet = packet_for(watch, rank, before & 0xFFFFFFFF)
+    st8(packet, slot)
+    st8(packet + 8, before & ~0xFFFFFFFF | token)
+    return packet + PACKET_HEADER

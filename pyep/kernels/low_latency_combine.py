@@ -8,7 +8,7 @@ from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st8,
                    to_bf16, udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, COMBINE_PROXY, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
                           PER_LANE, RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
-from .low_latency_boxes import PIECE_BYTES, PIECE_HEAD, PORTS, is_port_peer, piece_for
+from .low_latency_boxes import PACKET_BYTES, PACKET_HEADER, PORTS, is_port_peer, packet_for
 from .low_latency_mail import ship
 from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
 from .low_latency_units import (claimed_for, first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units,
@@ -42,23 +42,23 @@ def copy_listed(values, rows, count, outputs, stride, offset):
 
 
 def pack_outputs(watch, me, rows, count, unit, claims):
-    """Where listed outputs go for a port peer, one piece after another, in whose list k becomes the index of the piece.  The warp
-    that has the first slice writes their heads."""
-    first = piece_for(watch, source_of(unit, me), claimed_for(unit, me, claims))
+    """Where listed outputs go for a port peer, one packet after another: in the list, k becomes the packet's index among them.  The
+    warp that has the first slice writes the headers."""
+    first = packet_for(watch, source_of(unit, me), claimed_for(unit, me, claims))
     i = lane()
     while i < count:
         if umod(unit, slices()) == 0:
-            st8(first + i * PIECE_BYTES, (token_of(unit) * TOPK + ld8_shared(rows + 16 * i + 8)) * ROW_BYTES)
+            st8(first + i * PACKET_BYTES, (token_of(unit) * TOPK + ld8_shared(rows + 16 * i + 8)) * ROW_BYTES)
         st8_shared(rows + 16 * i + 8, i)
         i += warp_size()
     syncwarp()
-    return first + PIECE_HEAD
+    return first + PACKET_HEADER
 
 
 def outputs_for(watch, me, half, rows, count, unit, claims):
     """Where the outputs of a list go: the address for k = 0, and how far it is to the next."""
     if is_port_peer(watch[0], source_of(unit, me)):
-        return pack_outputs(watch, me, rows, count, unit, claims), PIECE_BYTES
+        return pack_outputs(watch, me, rows, count, unit, claims), PACKET_BYTES
     return peer(watch[0], source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES, ROW_BYTES
 
 

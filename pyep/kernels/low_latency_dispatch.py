@@ -43,7 +43,7 @@ def list_destinations(addresses, watch, me, half, topk_idx, token):
     """One warp lists where a token goes, the next rank first: its slot (in a half) on every rank that owns an expert it selects.
     Returns how many.  A lane for each rank, whose address it loads before it knows whether the token goes there.
 
-    With port peers it must be called once for each token, after `begin`, since it writes heads of pieces.
+    With port peers it must be called once for each token, after `begin`, since it writes headers of packets.
     """
     count = 0
     ranks = RANKS - 1 if reads_own_x() else RANKS
@@ -295,8 +295,8 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
     weight_of      [R, M, K] fp32: the weight of a source's selection, where row_of has a row; in the rank-major layout the
                    caller's recv_topk_weights
     sent           [R] int64: how many tokens each source has; in the rank-major layout, how many came here
-    claims         [R, M + 1] int64, of sources that are port peers, unless rank-major: where in the box that goes back the pieces
-                   made of a token begin; behind the tokens, how many pieces there are
+    claims         [R, M + 1] int64, of sources that are port peers, unless rank-major: where in the box that goes back the
+                   packets made of a token begin; behind the tokens, how many packets there are
     selected       [M, K] int64: the experts of this rank's own selections, or -1
     """
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)

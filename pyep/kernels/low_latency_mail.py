@@ -12,7 +12,7 @@ from ..channels.port import put, put_with_signal
 from .basics import after
 from .lang import (add8, clock_ns, fetch_add8, ld8, ld8_acquire, ld8_constant, ld8_relaxed, num_blocks, num_threads, st8,
                    syncthreads, syncthreads_or, thread_rank)
-from .low_latency_boxes import (BOX_PIECES, CLAIMED, CLAIMS, FINGERPRINT, PIECE_BYTES, PORTS, RANKS, UNORDERED, box_entry,
+from .low_latency_boxes import (BOX_PACKETS, CLAIMED, CLAIMS, FINGERPRINT, PACKET_BYTES, PORTS, RANKS, UNORDERED, box_entry,
                                 is_port_peer)
 from .op import rare
 
@@ -76,12 +76,12 @@ def is_last(base):
 
 
 def ship_box(watch, wait, me, rank, claimed, consumed):
-    """Ship the box for a port peer, then the record.  claimed: how many pieces it has, and in a dispatch the selections."""
+    """Ship the box for a port peer, then the record.  claimed: how many packets it has, and in a dispatch the selections."""
     base, _, epoch = watch
     here, _, there = box_entry(watch, rank)
     st8(base + here + CLAIMED, claimed)
     st8(base + here + FINGERPRINT, SHAPE)
-    put_to(watch, wait, rank, there, base + here, BOX_PIECES + (claimed & 0xFFFFFFFF) * PIECE_BYTES)
+    put_to(watch, wait, rank, there, base + here, BOX_PACKETS + (claimed & 0xFFFFFFFF) * PACKET_BYTES)
     record = record_of(watch, rank)
     st8(record, consumed)
     st8(record + 8, epoch)
@@ -90,7 +90,7 @@ def ship_box(watch, wait, me, rank, claimed, consumed):
 
 
 def ship(watch, wait, me, lag, claimed, stride):
-    """Every block of a launch that sends calls this when it has packed all its pieces; the last one ships all boxes, the next
+    """Every block of a launch that sends calls this when it has packed all its packets; the last one ships all boxes, the next
     rank's first.  claimed: address of what `ship_box` asks for, for rank 0; `stride` bytes on, for the next.
 
     Not after an error: a block that gave up has not packed its part.

@@ -10,7 +10,7 @@ from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, s
                    udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, COMBINE_PROXY, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
-from .low_latency_boxes import PIECE_HEAD, PORTS, is_port_peer, piece_for
+from .low_latency_boxes import PACKET_HEADER, PORTS, is_port_peer, packet_for
 from .low_latency_mail import ship
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
 from .low_latency_units import (claimed_for, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
@@ -28,14 +28,14 @@ def rows_bytes():
 # ---- send ------------------------------------------------------------------------------------------------------------
 
 def partial_for(watch, me, half, unit, token, i, exists):
-    """Where the partial of a token goes; i: the index of its piece, if it goes to a port peer.  The warp that has the first slice
-    writes the piece's head, if there is a partial at all."""
+    """Where the partial of a token goes; i: the index of its packet, if it goes to a port peer.  The warp that has the first
+    slice writes the packet's header, if there is a partial at all."""
     source, slot = source_of(unit, me), (me * MAX_TOKENS + token) * ROW_BYTES
     if is_port_peer(watch[0], source):
-        piece = piece_for(watch, source, i)
+        packet = packet_for(watch, source, i)
         if exists and umod(unit, slices()) == 0 and lane() == 0:
-            st8(piece, slot)
-        return piece + PIECE_HEAD
+            st8(packet, slot)
+        return packet + PACKET_HEADER
     return peer(watch[0], source) + half + slot
 
 

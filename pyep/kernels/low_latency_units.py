@@ -72,7 +72,7 @@ def travels(unit, me, tokens):
 
 
 def claimed_for(unit, me, claims):
-    """In sending to a port peer: the index of the first piece of what goes back for a unit's token, see `claim_row`."""
+    """In sending to a port peer: the index of the first packet of what goes back for a unit's token, see `claim_row`."""
     return ld8_nc(claims + 8 * (source_of(unit, me) * (MAX_TOKENS + 1) + token_of(unit))) if PORTS else 0
 
 

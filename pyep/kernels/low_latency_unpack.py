@@ -11,7 +11,7 @@ from .lang import (lane, ld4_relaxed_if, ld8, ld16, num_threads, st4_relaxed, st
 from .low_latency import (COMBINE, COMBINE_MAIL, DATA_BYTES, DISPATCH_MAIL, FP8, LOCAL_EXPERTS, MAX_TOKENS, OTHER_OPERATION,
                           PER_LANE, PLACES, RANK_MAJOR, RANKS, ROW_BYTES, TOPK, WEIGHTED)
 from .low_latency_announce import LOCAL_GROUPS
-from .low_latency_boxes import (BOX_COUNTS, BOX_PIECES, BOX_PLACES, BOX_ROUTES, CLAIMED, FINGERPRINT, PIECE_BYTES, PIECE_HEAD,
+from .low_latency_boxes import (BOX_COUNTS, BOX_PACKETS, BOX_PLACES, BOX_ROUTES, CLAIMED, FINGERPRINT, PACKET_BYTES, PACKET_HEADER,
                                 count_slot, inbox, is_port_peer)
 from .low_latency_mail import SHAPE, wait_for_mail
 
@@ -29,35 +29,35 @@ def box_from(part, watch, wait, source, expected, waited):
     return box
 
 
-def pieces_in(box):
-    """How many pieces a box has."""
+def packets_in(box):
+    """How many packets a box has."""
     return ld8(box + CLAIMED) & 0xFFFFFFFF
 
 
 def copy_rows(part, parts, half_at, box, row_bytes):
-    """The rows of all pieces to their slots, a warp some of a row at a time."""
+    """The rows of all packets to their slots, a warp some of a row at a time."""
     slice_bytes = 16 * PER_LANE * warp_size()
     slices = udiv(row_bytes + slice_bytes - 1, slice_bytes)
-    end = pieces_in(box) * slices
+    end = packets_in(box) * slices
     unit = part + parts * warp_rank()
     while unit < end:
-        piece = box + BOX_PIECES + udiv(unit, slices) * PIECE_BYTES
-        slot = half_at + ld8(piece)
+        packet = box + BOX_PACKETS + udiv(unit, slices) * PACKET_BYTES
+        slot = half_at + ld8(packet)
         for i in range(PER_LANE):
             offset = umod(unit, slices) * slice_bytes + 16 * (i * warp_size() + lane())
             if offset < row_bytes:
-                st16_relaxed(slot + offset, ld16(piece + PIECE_HEAD + offset))
+                st16_relaxed(slot + offset, ld16(packet + PACKET_HEADER + offset))
         unit += parts * num_warps()
 
 
 def copy_scales(part, parts, half_at, box):
-    """The scales of all pieces, one by one: behind the last one a row may have bytes that are no scale."""
+    """The scales of all packets, one by one: behind the last one a row may have bytes that are no scale."""
     scales = udiv(DATA_BYTES, 128)
-    end = pieces_in(box) * scales
+    end = packets_in(box) * scales
     i = part * num_threads() + thread_rank()
     while i < end:
-        piece, offset = box + BOX_PIECES + udiv(i, scales) * PIECE_BYTES, DATA_BYTES + 4 * umod(i, scales)
-        st4_relaxed(half_at + ld8(piece) + offset, ld4_relaxed_if(piece + PIECE_HEAD + offset, 1))
+        packet, offset = box + BOX_PACKETS + udiv(i, scales) * PACKET_BYTES, DATA_BYTES + 4 * umod(i, scales)
+        st4_relaxed(half_at + ld8(packet) + offset, ld4_relaxed_if(packet + PACKET_HEADER + offset, 1))
         i += parts * num_threads()
 
 
@@ -75,7 +75,7 @@ def copy_counts(part, parts, watch, source, box):
 
 
 def copy_selections(part, parts, watch, me, half, source, box):
-    """The routes of all tokens, and the places of those selections that come here (rank-major: see `copy_heads`)."""
+    """The routes of all tokens, and the places of those selections that come here (rank-major: see `copy_headers`)."""
     slot = watch[0] + half + 8 * source * MAX_TOKENS * TOPK
     end = (ld8(box + BOX_COUNTS) & 0xFFFFFFFF) * TOPK
     i = (parts - part) * num_threads() - 1 - thread_rank()
@@ -88,16 +88,16 @@ def copy_selections(part, parts, watch, me, half, source, box):
         i += parts * num_threads()
 
 
-def copy_heads(part, parts, watch, half, source, box, claims):
-    """What combine has to know of pieces, by token, and behind the tokens how many there are to come back.  Rank-major, where it
+def copy_headers(part, parts, watch, half, source, box, claims):
+    """What combine has to know of packets, by token, and behind the tokens how many there are to come back.  Rank-major, where it
     has to know nothing: the places of tokens."""
     to_come_back = claims + 8 * source * (MAX_TOKENS + 1)
     i = (parts - part) * num_threads() - 1 - thread_rank()
     if i == 0 and not RANK_MAJOR:
         claimed = ld8(box + CLAIMED)
         st8(to_come_back + 8 * MAX_TOKENS, claimed & 0xFFFFFFFF if WEIGHTED else claimed >> 32)
-    while i < pieces_in(box):
-        note = ld8(box + BOX_PIECES + i * PIECE_BYTES + 8)
+    while i < packets_in(box):
+        note = ld8(box + BOX_PACKETS + i * PACKET_BYTES + 8)
         token = note & 0xFFFFFFFF
         if RANK_MAJOR:
             place = ld8(box + BOX_PLACES + 8 * token * TOPK)
@@ -118,7 +118,7 @@ def unpack_dispatch(part, parts, watch, me, half, claims, wait_stats):
                 copy_scales(part, parts, watch[0] + half, box)
             copy_counts(part, parts, watch, source, box)
             copy_selections(part, parts, watch, me, half, source, box)
-            copy_heads(part, parts, watch, half, source, box, claims)
+            copy_headers(part, parts, watch, half, source, box, claims)
 
 
 # ---- combine ---------------------------------------------------------------------------------------------------------
