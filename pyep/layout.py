@@ -101,7 +101,7 @@ def control(num_ranks):
     claims      of the box that is being packed for that rank: packets | selections << 32
     packed      blocks of this launch that have packed their part of the boxes
     told        the epoch that this rank has told that rank to have consumed
-    records     what is put to that rank behind a box, and once more the first word alone: staged here
+    flags       what is put to `consumed` of that rank behind a box, and once more the first word alone: staged here
     """
     words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(1 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
     return {r.name: r for r in _stack(
@@ -123,12 +123,12 @@ def control(num_ranks):
         ("claims", ("rank",), (num_ranks,), WORD, "this rank"),
         ("packed", (), (), WORD, "this rank"),
         ("told", ("rank",), (num_ranks,), WORD, "this rank"),
-        ("records", ("parity", "rank", "entry"), (2, num_ranks, 4), WORD, "this rank"),
+        ("flags", ("parity", "rank", "entry"), (2, num_ranks, 4), WORD, "this rank"),
     )}
 
 
 def control_bytes(num_ranks):
-    return align(control(num_ranks)["records"].end)
+    return align(control(num_ranks)["flags"].end)
 
 
 class LowLatency(NamedTuple):

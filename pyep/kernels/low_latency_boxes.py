@@ -1,6 +1,6 @@
 """Where a low-latency sender stores what is for a rank: in that rank's half, or for a port peer in an *outbox*.
 
-An outbox is in this rank's own memory.  It travels as a whole (`low_latency_mail`), and the peer then copies what it holds to where
+An outbox is in this rank's own memory.  It travels as a whole (`low_latency_ship`), and the peer then copies what it holds to where
 a rank that maps its memory would have stored it (`low_latency_unpack`).  There is one for each port peer and parity of the epoch,
 see `pyep.layout.LowLatency.dispatch_box`: words as in a half, but of one source, then *packets* close together, so that few bytes
 travel: a header that names a slot, and the row for that slot.

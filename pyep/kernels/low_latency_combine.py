@@ -9,7 +9,7 @@ from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st8,
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, COMBINE_PROXY, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
                           PER_LANE, RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
 from .low_latency_boxes import PACKET_BYTES, PACKET_HEADER, PORTS, is_port_peer, packet_for
-from .low_latency_mail import ship
+from .low_latency_ship import ship
 from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
 from .low_latency_units import (claimed_for, first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units,
                                 wait_for_all)

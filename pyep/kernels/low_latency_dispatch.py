@@ -15,7 +15,7 @@ from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_PROXY, DISPATC
 from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
                                    read_counts, take_selections, take_token, wait_for_tokens)
 from .low_latency_boxes import CLAIMS, PORTS, claim_row
-from .low_latency_mail import ship
+from .low_latency_ship import ship
 from .low_latency_unpack import unpack_dispatch
 from .quantize import PIECES, block_amax, factor_of, first_piece, lanes_per_block, load_piece, scale_of, span
 

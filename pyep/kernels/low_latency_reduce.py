@@ -11,7 +11,7 @@ from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, s
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, COMBINE_PROXY, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
 from .low_latency_boxes import PACKET_HEADER, PORTS, is_port_peer, packet_for
-from .low_latency_mail import ship
+from .low_latency_ship import ship
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
 from .low_latency_units import (claimed_for, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
                                 tokens_here, travels, units, wait_for_all)

@@ -8,18 +8,18 @@ from ..channels.memory import report
 from .basics import after, num_warps, warp_rank
 from .lang import (lane, ld4_relaxed_if, ld8, ld16, num_threads, st4_relaxed, st8, st8_relaxed, st16_relaxed, thread_rank, udiv,
                    umod, warp_size)
-from .low_latency import (COMBINE, COMBINE_MAIL, DATA_BYTES, DISPATCH_MAIL, FP8, LOCAL_EXPERTS, MAX_TOKENS, OTHER_OPERATION,
+from .low_latency import (COMBINE, COMBINE_BOX, DATA_BYTES, DISPATCH_BOX, FP8, LOCAL_EXPERTS, MAX_TOKENS, OTHER_OPERATION,
                           PER_LANE, PLACES, RANK_MAJOR, RANKS, ROW_BYTES, TOPK, WEIGHTED)
 from .low_latency_announce import LOCAL_GROUPS
 from .low_latency_boxes import (BOX_COUNTS, BOX_PACKETS, BOX_PLACES, BOX_ROUTES, CLAIMED, FINGERPRINT, PACKET_BYTES, PACKET_HEADER,
                                 count_slot, inbox, is_port_peer)
-from .low_latency_mail import SHAPE, wait_for_mail
+from .low_latency_ship import SHAPE, wait_for_box
 
 
 def box_from(part, watch, wait, source, expected, waited):
     """Wait for the box of a port peer: its address, or 0 if there is none, or it is of another operation than the one `expected`:
     COMBINE, or 0 for a dispatch, whose box tells the number of tokens instead.  The block calls."""
-    if is_port_peer(watch[0], source) == 0 or wait_for_mail(part, watch, wait, source, waited) == 0:
+    if is_port_peer(watch[0], source) == 0 or wait_for_box(part, watch, wait, source, waited) == 0:
         return 0
     box = inbox(watch, source)
     told = ld8(box + BOX_COUNTS) & 0xFFFFFFFF
@@ -111,7 +111,7 @@ def unpack_dispatch(part, parts, watch, me, half, claims, wait_stats):
     """All boxes, the rank's first that ships to this one first."""
     for i in range(1, RANKS):
         source = after(me, RANKS - i)
-        box = box_from(part, watch, DISPATCH_MAIL, source, 0, wait_stats)
+        box = box_from(part, watch, DISPATCH_BOX, source, 0, wait_stats)
         if box != 0:
             copy_rows(part, parts, watch[0] + half, box, DATA_BYTES)
             if FP8:
@@ -127,6 +127,6 @@ def unpack_combine(part, parts, watch, me, half, wait_stats):
     """All boxes, the rank's first that ships to this one first."""
     for i in range(1, RANKS):
         source = after(me, RANKS - i)
-        box = box_from(part, watch, COMBINE_MAIL, source, COMBINE, wait_stats)
+        box = box_from(part, watch, COMBINE_BOX, source, COMBINE, wait_stats)
         if box != 0:
             copy_rows(part, parts, watch[0] + half, box, ROW_BYTES)
