@@ -13,7 +13,7 @@ from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, COMBINE_PR
 from .low_latency_boxes import PACKET_HEADER, PORTS, is_port_peer, packet_for
 from .low_latency_ship import ship
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
-from .low_latency_units import (claimed_for, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
+from .low_latency_units import (first_packet, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
                                 tokens_here, travels, units, wait_for_all)
 from .low_latency_unpack import unpack_combine
 
@@ -39,7 +39,7 @@ def partial_for(watch, me, half, unit, token, i, exists):
     return peer(watch[0], source) + half + slot
 
 
-def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent, claims):
+def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent, packet_of):
     """The partial of every token that has rows here, to slot [me][token] on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
@@ -52,7 +52,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent,
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        slot = partial_for(watch, me, half, unit, token_of(unit), claimed_for(unit, me, claims), count > 0)
+        slot = partial_for(watch, me, half, unit, token_of(unit), first_packet(unit, me, packet_of), count > 0)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES and count > 0:
@@ -137,20 +137,20 @@ def receive_partials(part, parts, watch, me, half, y, row_of, weight_of, selecte
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
-def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stats, row_of, weight_of, src_info, sent, claims,
+def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stats, row_of, weight_of, src_info, sent, packet_of,
                     selected, out):
-    """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, claims and selected
-    as `dispatch` left them; out [T, H] bf16."""
+    """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, packet_of and
+    selected as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if RANK_MAJOR and sender < SENDERS:
             send_rows(sender, SENDERS, watch, me, lag, half, y, src_info, sent)
         elif sender < SENDERS:
-            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent, claims)
+            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent, packet_of)
         if PORTS and RANK_MAJOR:
             ship(watch, COMBINE_PROXY, me, lag, sent, 8)
         elif PORTS:
-            ship(watch, COMBINE_PROXY, me, lag, claims + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
+            ship(watch, COMBINE_PROXY, me, lag, packet_of + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)

@@ -1,8 +1,8 @@
 """Low latency between port peers: what came in a box is copied to where a rank that maps this memory would have stored it.
 
 All receiving blocks do it, a part each, before they receive: no block waits for another, and the code that receives does not know
-of ports.  It takes out of its slots what it was told to expect, and puts the absence value back; so nothing else may be copied.  A
-box is full of other things: words of earlier operations, places of selections that go elsewhere.
+of ports.  That code puts the absence value back only into slots whose data it expects, so only what it expects may be copied.  A
+box holds other things too: words of earlier operations, places of selections that go elsewhere.
 """
 from ..channels.memory import report
 from .basics import after, num_warps, warp_rank
@@ -17,8 +17,11 @@ from .low_latency_ship import SHAPE, wait_for_box
 
 
 def box_from(part, watch, wait, source, expected, waited):
-    """Wait for the box of a port peer: its address, or 0 if there is none, or it is of another operation than the one `expected`:
-    COMBINE, or 0 for a dispatch, whose box tells the number of tokens instead.  The block calls."""
+    """Wait for the box of a port peer: its address, or 0 if the source is no port peer, the box never came, or it is of another
+    operation than `expected`.  The block calls.
+
+    expected: what the source has told to have begun, see `tell_begun`: COMBINE, or 0 for a dispatch, of any number of tokens.
+    """
     if is_port_peer(watch[0], source) == 0 or wait_for_box(part, watch, wait, source, waited) == 0:
         return 0
     box = inbox(watch, source)
@@ -35,7 +38,7 @@ def packets_in(box):
 
 
 def copy_rows(part, parts, half_at, box, row_bytes):
-    """The rows of all packets to their slots, a warp some of a row at a time."""
+    """Copy the rows of all packets to their slots; a warp takes a slice of a row at a time."""
     slice_bytes = 16 * PER_LANE * warp_size()
     slices = udiv(row_bytes + slice_bytes - 1, slice_bytes)
     end = packets_in(box) * slices
@@ -51,7 +54,7 @@ def copy_rows(part, parts, half_at, box, row_bytes):
 
 
 def copy_scales(part, parts, half_at, box):
-    """The scales of all packets, one by one: behind the last one a row may have bytes that are no scale."""
+    """Copy the scales of all packets, 4 bytes each: not 16, as behind the last one a row may have bytes that are no scale."""
     scales = udiv(DATA_BYTES, 128)
     end = packets_in(box) * scales
     i = part * num_threads() + thread_rank()
@@ -64,9 +67,8 @@ def copy_scales(part, parts, half_at, box):
 # ---- dispatch --------------------------------------------------------------------------------------------------------
 # Words are few: the last threads copy them, while the first ones have rows.
 
-
 def copy_counts(part, parts, watch, source, box):
-    """How many tokens and rows there are: told as other ranks tell it."""
+    """Copy the source's counters: of its tokens, and of the rows for each group here."""
     base, _, epoch = watch
     i = (parts - part) * num_threads() - 1 - thread_rank()
     while i < 1 + LOCAL_GROUPS:
@@ -75,7 +77,7 @@ def copy_counts(part, parts, watch, source, box):
 
 
 def copy_selections(part, parts, watch, me, half, source, box):
-    """The routes of all tokens, and the places of those selections that come here (rank-major: see `copy_headers`)."""
+    """Copy the routes of all tokens, and the places of those selections that come here (rank-major: see `copy_headers`)."""
     slot = watch[0] + half + 8 * source * MAX_TOKENS * TOPK
     end = (ld8(box + BOX_COUNTS) & 0xFFFFFFFF) * TOPK
     i = (parts - part) * num_threads() - 1 - thread_rank()
@@ -88,27 +90,27 @@ def copy_selections(part, parts, watch, me, half, source, box):
         i += parts * num_threads()
 
 
-def copy_headers(part, parts, watch, half, source, box, claims):
-    """What combine has to know of packets, by token, and behind the tokens how many there are to come back.  Rank-major, where it
-    has to know nothing: the places of tokens."""
-    to_come_back = claims + 8 * source * (MAX_TOKENS + 1)
+def copy_headers(part, parts, watch, half, source, box, packet_of):
+    """From the packets' headers: `packet_of`, see `dispatch`.  Rank-major, where combine needs none: the places of the tokens that
+    come here."""
+    first_packets = packet_of + 8 * source * (MAX_TOKENS + 1)
     i = (parts - part) * num_threads() - 1 - thread_rank()
     if i == 0 and not RANK_MAJOR:
         claimed = ld8(box + CLAIMED)
-        st8(to_come_back + 8 * MAX_TOKENS, claimed & 0xFFFFFFFF if WEIGHTED else claimed >> 32)
+        st8(first_packets + 8 * MAX_TOKENS, claimed & 0xFFFFFFFF if WEIGHTED else claimed >> 32)
     while i < packets_in(box):
-        note = ld8(box + BOX_PACKETS + i * PACKET_BYTES + 8)
-        token = note & 0xFFFFFFFF
+        before = ld8(box + BOX_PACKETS + i * PACKET_BYTES + 8)    # the second word of the header, see `claim_row`
+        token = before & 0xFFFFFFFF
         if RANK_MAJOR:
             place = ld8(box + BOX_PLACES + 8 * token * TOPK)
             st8_relaxed(watch[0] + half + PLACES + 8 * (source * MAX_TOKENS + token) * TOPK, place)
         else:
-            st8(to_come_back + 8 * token, i if WEIGHTED else note >> 32)
+            st8(first_packets + 8 * token, i if WEIGHTED else before >> 32)
         i += parts * num_threads()
 
 
-def unpack_dispatch(part, parts, watch, me, half, claims, wait_stats):
-    """All boxes, the rank's first that ships to this one first."""
+def unpack_dispatch(part, parts, watch, me, half, packet_of, wait_stats):
+    """Unpack all boxes, in the order in which their ranks ship to this one."""
     for i in range(1, RANKS):
         source = after(me, RANKS - i)
         box = box_from(part, watch, DISPATCH_BOX, source, 0, wait_stats)
@@ -118,13 +120,13 @@ def unpack_dispatch(part, parts, watch, me, half, claims, wait_stats):
                 copy_scales(part, parts, watch[0] + half, box)
             copy_counts(part, parts, watch, source, box)
             copy_selections(part, parts, watch, me, half, source, box)
-            copy_headers(part, parts, watch, half, source, box, claims)
+            copy_headers(part, parts, watch, half, source, box, packet_of)
 
 
 # ---- combine ---------------------------------------------------------------------------------------------------------
 
 def unpack_combine(part, parts, watch, me, half, wait_stats):
-    """All boxes, the rank's first that ships to this one first."""
+    """As `unpack_dispatch`."""
     for i in range(1, RANKS):
         source = after(me, RANKS - i)
         box = box_from(part, watch, COMBINE_BOX, source, COMBINE, wait_stats)
