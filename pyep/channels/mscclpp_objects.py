@@ -65,8 +65,8 @@ class Links:
     def make_semaphores(self):
         self.semaphores = self._answers()
 
-    def part(self):
-        """Let go of what only connecting takes."""
+    def drop_communicator(self):
+        """Connecting is over."""
         self._asked = self._communicator = None
 
     def _answers(self):
@@ -176,7 +176,7 @@ class Objects:
         The bootstrap goes: with it its sockets, one of them a file in /tmp that a process would leave behind if it were killed.
         """
         for links in (self.mapped, *self.served.values()):
-            links.part()
+            links.drop_communicator()
         self.bootstrap = None
         for proxy in self.proxies.values():
             proxy.start()
