@@ -13,9 +13,9 @@ import ranks
 from pyep.__main__ import main
 from pyep.channels import infiniband
 from pyep.channels.nodes import Nodes
-from pyep.doctor import Alone, hardware, report, software
+from pyep.doctor import OneRank, hardware, report, software
 from pyep.doctor import ranks as doctor_of_ranks
-from pyep.doctor.finding import Finding, Section, seen
+from pyep.doctor.finding import Finding, Section, examine
 
 cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="what there is of the CPU engine")
 
@@ -50,7 +50,7 @@ def section_of(text, title):
 
 @cpu_only
 def test_one_rank():
-    status, text = doctor(Alone())
+    status, text = doctor(OneRank())
     assert status == 0 and text.endswith("Nothing must be fixed.\n")
     assert line_of(text, "engine") == "cpu"
     assert "numba " in line_of(text, "packages")
@@ -78,7 +78,7 @@ def test_nodes_that_cannot_be():
 
 def test_an_engine_that_is_not_there(monkeypatch):
     monkeypatch.setenv("PYEP_DEVICE", "abacus")
-    status, text = doctor(Alone())
+    status, text = doctor(OneRank())
     assert status == 1 and line_of(text, "engine").startswith("none")
     fixes = section_of(text, "to be fixed")
     assert any("PYEP_DEVICE is 'abacus'; expected cpu or cuda" in line for line in fixes)
@@ -147,7 +147,7 @@ def test_memory():
 def test_what_fails_while_looking():
     def look():
         raise RuntimeError("blind")
-    assert seen("moon", look) == [Finding("moon", "could not be looked at: RuntimeError: blind")]
+    assert examine("moon", look) == [Finding("moon", "could not be looked at: RuntimeError: blind")]
 
 
 def test_a_needed_package_is_missing(monkeypatch):

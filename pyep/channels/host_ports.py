@@ -14,15 +14,20 @@ from .transport import channels_per_peer, num_proxies, proxy_of
 FIFO_SIZE = 512                         # triggers
 DRAIN_S = 0.5                           # how long a proxy goes on after an error, for peers that have none
 
-LEVELS = {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED"}
+GET_MULTIPLE = "leave mpi4py.rc.thread_level at \"multiple\" (its default), and take an MPI library that was built for it"
+
+
+def thread_level():
+    """MPI's: "SINGLE", "FUNNELED", "SERIALIZED" or "MULTIPLE"."""
+    return {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED",
+            MPI.THREAD_MULTIPLE: "MULTIPLE"}[MPI.Query_thread()]
 
 
 def require_threads():
     """EPTransportError unless proxies may call MPI beside the main thread."""
-    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-        raise EPTransportError(f"ports on the CPU engine need MPI's thread level MULTIPLE, but MPI was initialized with "
-                               f"{LEVELS[MPI.Query_thread()]}: leave mpi4py.rc.thread_level at \"multiple\" (its default), and "
-                               "take an MPI library that was built for it")
+    if thread_level() != "MULTIPLE":
+        raise EPTransportError("ports on the CPU engine need MPI's thread level MULTIPLE, but MPI was initialized with "
+                               f"{thread_level()}: {GET_MULTIPLE}")
 
 
 class HostPorts:
