@@ -110,7 +110,7 @@ def test_without_mpi(blocked):
     done = command(code=f"import sys; sys.modules[{blocked!r}] = None")
     assert done.returncode == (0 if torch else 1), done
     assert line_of(done.stdout, "MPI").startswith("does not start: ")
-    assert any("pip install 'pyep[mpi]'" in line for line in section_of(done.stdout, "could be had" if torch else "to be fixed"))
+    assert any("pip install 'pyep[mpi]'" in line for line in section_of(done.stdout, "optional" if torch else "to be fixed"))
 
 
 OPTIONAL = "cuda", "cupy", "mscclpp", "torch", "tabulate", "tqdm", "matplotlib", "cuda.bindings", "numba_cuda"
@@ -130,7 +130,7 @@ importlib.metadata.version = of_cpu"""
     assert done.returncode == 0, done
     assert line_of(done.stdout, "for PyTorch") == "not installed: torch (needed for its tensors)"
     assert line_of(done.stdout, "MSCCL++").startswith("MSCCL++ is not installed")
-    wanted = section_of(done.stdout, "could be had")
+    wanted = section_of(done.stdout, "optional")
     for fix in ("pyep[cuda]", "pyep[torch]", "pyep[bench]", "git+https://github.com/microsoft/mscclpp"):
         assert any(fix in line for line in wanted), wanted
 
@@ -215,7 +215,7 @@ def test_what_must_be_fixed(capsys):
     text = capsys.readouterr().out
     assert report.status(sections) == 1 and "Nothing must be fixed" not in text and "nothing" not in text
     assert [line.split() for line in section_of(text, "to be fixed")] == [["one", "get", "it"]]
-    assert [line.split() for line in section_of(text, "could be had")] == [["two", "or", "not"]]
+    assert [line.split() for line in section_of(text, "optional")] == [["two", "or", "not"]]
     first, *rest = (line for line in section_of(text, "a")[:3])
     below = first.index("row")
     assert [line[below:] for line in rest] == ["   0 1", " 0 . x"]
