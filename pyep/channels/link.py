@@ -75,7 +75,7 @@ class Link:
             self._under_way.append((None, position))
 
     def say_goodbye(self):
-        """Say goodbye: no more will come."""
+        """Tell the peer that no more will come."""
         self._send(GOODBYE, 0, self._memory[:0])
 
     def _require_inside(self, trigger):

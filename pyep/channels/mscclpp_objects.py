@@ -22,10 +22,12 @@ DRAIN_S, STUCK_S = 1.0, 0.1             # how long a proxy may take for all that
 class Links:
     """Connections with some peers; for each of these, this rank's memory and the peer's, registered, and a semaphore.
 
-    Built by `STEPS`, in this order, which all ranks take together: requests go out in one step, answers are waited for in the next.
+    Built by the methods named in `STEPS`, in this order, which all ranks take together: requests go out in one step, answers are
+    waited for in the next.
 
-    Each has a communicator of its own, hence a stream of its own for copies between GPUs: MSCCL++ does not tell apart whose copies
-    are under way on a stream, and two proxies that shared one could take each other's for done.
+    Mapped peers share one of these; so do the peers of each proxy.  Each has a communicator of its own, hence a stream of its own
+    for copies between GPUs: MSCCL++ does not tell apart whose copies are under way on a stream, and two proxies that shared one
+    could take each other's for done.
     """
 
     STEPS = "ask_for_connections", "connect", "ask_for_memory", "map_memory", "ask_for_semaphores", "make_semaphores"
@@ -141,7 +143,7 @@ class Proxy:
 
 
 class Objects:
-    """All of MSCCL++ that a transport holds.
+    """All of MSCCL++ that a transport holds, made and dropped in the order that MSCCL++ needs.
 
     bootstrap: MSCCL++'s, until all is connected.  mapped: `Links` to mapped peers, and their `channels`.  served: `Links` to the
     port peers of each proxy, by its number, and the `proxies`.
@@ -182,7 +184,7 @@ class Objects:
             proxy.start()
 
     def stop(self):
-        """End them; idempotent."""
+        """End the proxies' threads; idempotent."""
         for proxy in self.proxies.values():
             proxy.stop()
 

@@ -98,6 +98,7 @@ class Proxy:
                 link.release()
 
     def _all_closed(self):
+        """Whether all is sent and received, goodbyes included."""
         return self._said_goodbye and all(link.closed and not link.in_flight for link in self.links)
 
     def _work(self):
