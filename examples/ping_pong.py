@@ -3,8 +3,8 @@
     PYEP_RANKS_PER_NODE=2 mpiexec -n 3 python -m mpi4py examples/ping_pong.py
 
 Rank 0 plays with rank 1, of its own node, through a MemoryChannel: a block of threads stores into memory that both map.  Then with
-rank 2, of another node, through a PortChannel: a thread asks a proxy.  Two ranks have one of these; PYEP_RANKS_PER_NODE=1 makes
-it the port.  On GPUs, ports need transport "mscclpp".  PASS if what has come is what was sent.
+rank 2, of another node, through a PortChannel: a thread asks a proxy to move the bytes.  Two ranks play through one kind only, with
+PYEP_RANKS_PER_NODE=1 the port.  On GPUs, ports need transport "mscclpp".  PASS if what was received is what was sent.
 """
 
 import importlib
@@ -20,9 +20,11 @@ from pyep.kernels.lang import clock_ns, num_threads, st8, syncthreads, thread_ra
 from pyep.own_kernels import Channels
 
 SIZES = [16 << 2 * i for i in range(9)]  # 16 bytes to 1 MiB
+SENT, RECEIVED, RESULT = 0, SIZES[-1], 2 * SIZES[-1]  # where things are in the channels' memory, in bytes
+END = RESULT + 8
 ROOM, TURN = 1, 2  # what kernels wait for
 WAITS = {ROOM: "room for a trigger", TURN: "the signal that it is our turn"}
-PORT = 0  # 1: through a port; compiled in
+PORT = 0  # 1: through a PortChannel; a template parameter, compiled in
 
 
 def send(watch, peer, channel, dst, src, nbytes):
@@ -48,7 +50,10 @@ def receive(watch, peer, channel):
 
 
 def play(base, timeout, peer, channel, begins, dst, src, nbytes, rounds, result):
-    """One block plays so many rounds, there and back, and notes how many nanoseconds they took."""
+    """One block plays so many rounds, there and back, and stores how many nanoseconds they took at the offset `result`.
+
+    base, timeout: from `Channels.launch`.  begins: 1 on the rank that sends first.  dst, src, nbytes: of each put.
+    """
     watch, start, played = (base, timeout, 0), clock_ns(), 0
     while played < rounds:
         if begins:
@@ -78,7 +83,6 @@ def measure(channels, kernel, peer, channel, nbytes):
     return nanoseconds / rounds / 2e3, right
 
 
-SENT, RECEIVED, RESULT, END = 0, SIZES[-1], 2 * SIZES[-1], 2 * SIZES[-1] + 8  # where things are in the channels' memory
 comm = MPI.COMM_WORLD
 if comm.size == 1:
     raise SystemExit("ping_pong.py needs two ranks or more: see its docstring")

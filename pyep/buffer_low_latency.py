@@ -125,7 +125,7 @@ class LowLatencyOperations:
         selections = () if shape.reduced else call.addresses(topk_idx, topk_weights)
         more = call.addresses(received.weight_of, received.src_info) if shape.reduced else ()
         args = (x_at, *selections, num_tokens, *call.addresses(waits, received.row_of), *more,
-                *call.addresses(received.sent, received.claims, received.selected), call.aligned(out, "out"))
+                *call.addresses(received.sent, received.packet_of, received.selected), call.aligned(out, "out"))
         event, hook = self._run(COMBINE, call, args, (x, topk_idx, topk_weights, handle, out, waits), return_recv_hook,
                                 async_finish, previous_event)
         return out, event, hook

@@ -143,8 +143,8 @@ class Connection:
             except Exception as error:
                 self.error = unreported = error
         transport, self.transport = self.transport, None
-        self._met_to_part()
-        transport.close(self._met_to_part)
+        self._met_to_close()
+        transport.close(self._met_to_close)
         self.heap.let_go()
         self.words_for = {}                                      # nothing that refers to the Buffer, which refers to this
         if self.error is None:
@@ -152,8 +152,8 @@ class Connection:
         if unreported is not None:
             raise unreported
 
-    def _met_to_part(self):
-        """Whether all ranks have come to part; never after an error."""
+    def _met_to_close(self):
+        """Whether all ranks have met to close; never after an error."""
         if self.error is None:
             try:
                 self._bootstrap.meet(self.timeout_s, "Buffer.destroy")

@@ -24,7 +24,7 @@ MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
 MAX_CHUNKS = 4096                       # chunks in which one rank's rows travel to another in a high-throughput combine, at most
 SECTIONS = LINE // WORD                 # kinds of data for which a rank can tell a place: a line of words
 FP8_BLOCK = 128                         # values that share a scale
-PIECE_HEAD = 16                         # bytes of a piece before its row
+PACKET_HEADER = 16                      # bytes of a packet before its row
 DATA = ("bf16", "fp8", "fp8_powers_of_2", "fp8_ue8m0")      # e4m3 with scales in fp32, of powers of two, those as exponents
 
 
@@ -98,10 +98,10 @@ def control(num_ranks):
     Low latency between port peers:
 
     boxes       where boxes are, as offsets: the outbox for that rank; the inbox for what comes from it; its inbox for this rank's
-    claims      of the box that is being packed for that rank: pieces | selections << 32
+    claims      of the box that is being packed for that rank: packets | selections << 32
     packed      blocks of this launch that have packed their part of the boxes
     told        the epoch that this rank has told that rank to have consumed
-    records     what is put to that rank behind a box, and once more the first word alone: staged here
+    flags       what is put to `consumed` of that rank behind a box, and once more the first word alone: staged here
     """
     words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(1 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
     return {r.name: r for r in _stack(
@@ -123,12 +123,12 @@ def control(num_ranks):
         ("claims", ("rank",), (num_ranks,), WORD, "this rank"),
         ("packed", (), (), WORD, "this rank"),
         ("told", ("rank",), (num_ranks,), WORD, "this rank"),
-        ("records", ("parity", "rank", "entry"), (2, num_ranks, 4), WORD, "this rank"),
+        ("flags", ("parity", "rank", "entry"), (2, num_ranks, 4), WORD, "this rank"),
     )}
 
 
 def control_bytes(num_ranks):
-    return align(control(num_ranks)["records"].end)
+    return align(control(num_ranks)["flags"].end)
 
 
 class LowLatency(NamedTuple):
@@ -205,25 +205,25 @@ class LowLatency(NamedTuple):
     def dispatch_box(self, box=0):
         """What a box that begins at byte `box` holds in a dispatch, of one source for one destination.
 
-        head    its pieces | the selections that they are for << 32; the shape's fingerprint; then the words of rdma_recv_count
+        header   how many packets | how many selections they serve << 32; the shape's fingerprint; the words of rdma_recv_count
         routes, places: as in a half
-        pieces  the row of a token that goes there, in no order, behind two words: its slot, counted from the half's beginning; the
-                token | the selections of pieces claimed before << 32
+        packets  in no order, each the row of a token behind a header of two words: the row's slot, as an offset in the half;
+                 the token | the selections that the packets claimed before this one serve << 32
         """
         selections = (self.max_tokens, self.num_topk)
         return _stack(box,
-                      ("head", ("entry",), (3 + self.local_groups,), WORD, "source"),
+                      ("header", ("entry",), (3 + self.local_groups,), WORD, "source"),
                       ("routes", ("token", "k"), selections, WORD, "source"),
                       ("places", ("token", "k"), selections, WORD, "source"),
-                      ("pieces", ("piece",), (self.max_tokens,), PIECE_HEAD + self.wire_bytes, "source"))
+                      ("packets", ("packet",), (self.max_tokens,), PACKET_HEADER + self.wire_bytes, "source"))
 
     def combine_box(self, box=0):
-        """What a box holds in a combine: as in a dispatch, but there are no counts, routes and places, and a piece is a partial or
-        an output, of whose head the second word is not used."""
-        pieces = self.max_tokens * (1 if self.reduced else self.num_topk)
+        """What a box holds in a combine: as in a dispatch, but there are no counts, routes and places, and a packet holds a
+        partial or an output, and the second word of its header is not used."""
+        packets = self.max_tokens * (1 if self.reduced else self.num_topk)
         return _stack(box,
-                      ("head", ("entry",), (3,), WORD, "expert's rank"),
-                      ("pieces", ("piece",), (pieces,), PIECE_HEAD + self.row_bytes, "expert's rank"))
+                      ("header", ("entry",), (3,), WORD, "expert's rank"),
+                      ("packets", ("packet",), (packets,), PACKET_HEADER + self.row_bytes, "expert's rank"))
 
     @property
     def half_bytes(self):
@@ -300,8 +300,8 @@ def half_capacity(nbytes, num_ranks):
 def box_bytes(half_bytes):
     """Bytes of a box that is large enough for every shape that fits halves of so many, whatever the number of ranks.
 
-    A row of 16 bytes has a head as long, but then routes and places are half of the half; from 32 bytes on a head adds half of
-    that at most.
+    A packet's header is as long as a row of 16 bytes, but then routes and places are half of the half; to rows of 32 bytes or more
+    it adds at most half.
     """
     return align(3 * half_bytes // 2 + WORD * (3 + MAX_LOCAL_EXPERTS) + 4 * LINE)
 

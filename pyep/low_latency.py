@@ -16,7 +16,7 @@ from .kernels.low_latency_reduce import combine_reduced
 # What the waits of a kernel wait for: (operation, phase, what the peer owes), by the number in the status record.
 DISPATCH, COMBINE = "low_latency_dispatch", "low_latency_combine"
 READ = "the peer to have read what it was sent two operations ago"
-MAIL = "the peer's mail: all that it sends in the operation"
+BOX = "the peer's box: all that it sends in the operation"
 WAITS = {
     kernels.DISPATCH_CONSUMED: (DISPATCH, "send", READ),
     kernels.DISPATCH_COUNT: (DISPATCH, "receive", "the peer's token counts"),
@@ -27,8 +27,8 @@ WAITS = {
     kernels.COMBINE_BEGUN: (COMBINE, "receive", "the peer to begin the operation"),
     kernels.COMBINE_OUTPUT: (COMBINE, "receive", "the output of an expert of the peer"),
     kernels.COMBINE_PARTIAL: (COMBINE, "receive", "the sum of what the peer's experts made of a token"),
-    kernels.DISPATCH_MAIL: (DISPATCH, "receive", MAIL),
-    kernels.COMBINE_MAIL: (COMBINE, "receive", MAIL),
+    kernels.DISPATCH_BOX: (DISPATCH, "receive", BOX),
+    kernels.COMBINE_BOX: (COMBINE, "receive", BOX),
 }
 PROXIES = {kernels.DISPATCH_PROXY: DISPATCH, kernels.COMBINE_PROXY: COMBINE}             # waits for room in a proxy's FIFO
 WORDS_FOR = (*WAITS, *PROXIES, kernels.BAD_EXPERT, kernels.NO_ROOM, kernels.OTHER_OPERATION)      # what `error_from` puts in words
@@ -84,14 +84,14 @@ def constants(shape, index_bytes, ports=0):
         PORT_HANDLES=control["ports"].offset, **{name: control[name.lower()].offset for name in CONTROL_OF_BOXES})
 
 
-CONTROL_OF_BOXES = "BOXES", "CLAIMS", "PACKED", "TOLD", "RECORDS"
+CONTROL_OF_BOXES = "BOXES", "CLAIMS", "PACKED", "TOLD", "FLAGS"
 
 
 def box_constants(operation, shape):
     """The template parameters of an operation for its boxes."""
     regions = {r.name: r for r in (shape.dispatch_box() if operation == "dispatch" else shape.combine_box())}
-    offsets = {f"BOX_{name.upper()}": regions[name].offset for name in ("routes", "places", "pieces") if name in regions}
-    return dict(offsets, PIECE_BYTES=regions["pieces"].item)
+    offsets = {f"BOX_{name.upper()}": regions[name].offset for name in ("routes", "places", "packets") if name in regions}
+    return dict(offsets, PACKET_BYTES=regions["packets"].item)
 
 
 STAGED = 2048                           # selections that a sending block has in its shared memory at once
@@ -119,7 +119,7 @@ def shared_bytes(operation, shape, warps, announcers):
 def cuts(engine, shape, threads, ports):
     """How the senders of a dispatch cut rows: each cut is a whole number of what a team moves at a time.
 
-    With port peers into one: who lists where a token goes claims its pieces, so it must be listed once.
+    With port peers rows stay whole: to list where a token goes is to claim a packet, so it must be listed once.
     """
     teams = 1 if ports else engine.cuts(threads)
     lanes = min(8, engine.warp)                                  # that share a block of FP8, see `pyep.kernels.quantize`
@@ -198,6 +198,6 @@ def error_from(r, rank, shapes, half_bytes, timeout_s):
 def _expected_and_seen(r):
     if r["wait"] in (kernels.DISPATCH_COUNT, kernels.COMBINE_BEGUN):
         return f"expected epoch {r['expected']}, seen epoch {r['seen'] >> 32 & 0xFFFFFFFF}"
-    if r["wait"] in (kernels.DISPATCH_CONSUMED, kernels.COMBINE_CONSUMED, kernels.DISPATCH_MAIL, kernels.COMBINE_MAIL):
+    if r["wait"] in (kernels.DISPATCH_CONSUMED, kernels.COMBINE_CONSUMED, kernels.DISPATCH_BOX, kernels.COMBINE_BOX):
         return f"expected epoch {r['expected']} or later, seen epoch {r['seen'] & 0xFFFFFFFF}"
     return "expected data, seen none"

@@ -1,13 +1,16 @@
 """`Channels`: symmetric memory and channels between all ranks, for kernels of one's own.
 
-    def ring(base, timeout, to, port, source, source_port, nbytes):             # the first two arguments are given by `launch`
+    def swap(base, timeout, peer, port, mine, theirs, nbytes):                  # the first two arguments are given by `launch`
         watch = base, timeout, 0
-        put_with_signal(watch, ROOM, to, port, 0, 0, nbytes)                    # from pyep.channels.port
-        wait(watch, SIGNAL, source, source_port)
+        if thread_rank() == 0:
+            put_with_signal(watch, ROOM, peer, port, theirs, mine, nbytes)      # from pyep.channels.port
+            wait(watch, SIGNAL, peer, port)
 
-    with Channels(comm=comm, nbytes=1 << 20, waits={ROOM: "room for a trigger", SIGNAL: "its signal"}) as channels:
-        kernel = channels.kernel(ring)
-        channels.launch(kernel, ...)
+    with Channels(comm=comm, nbytes=1 << 20, waits={ROOM: "room for a trigger", SIGNAL: "the peer's signal"}) as channels:
+        peer, half = 1 - channels.rank, 1 << 19                                 # two ranks, each a node: PYEP_RANKS_PER_NODE=1
+        channels.memory[:half] = channels.rank
+        channels.launch(channels.kernel(swap), peer, channels.ports[peer], channels.offset, channels.offset + half, half)
+        channels.synchronize()                                                  # channels.memory[half:] has the peer's
 
 Device halves: `pyep.channels.port` and `pyep.channels.memory_channel`.  See also docs/kernel-language.md.
 """
@@ -22,11 +25,12 @@ class Channels:
     """Collective; group, comm, transport, timeout_s and num_qps_per_rank are `Buffer`'s.
 
     nbytes: of symmetric memory that kernels may use as they like.
-    waits: what a wait of a kernel waits for, in words, by the number that the kernel calls it, which is not 0.
+    waits: {number: what is waited for, in words}: the numbers, not 0, that kernels give to waits; the words are for errors.
 
     rank, size, nodes: this rank, how many there are, which of them map each other's memory (`pyep.channels.nodes.Nodes`).
     engine, transport: their names.
-    offset, memory: that of the bytes in the symmetric memory, for puts; this rank's as an array [nbytes] of uint8 (NumPy, CuPy).
+    memory: this rank's bytes as an array [nbytes] of uint8 (NumPy, on GPUs CuPy).
+    offset: where they begin in the symmetric memory.  Offsets of puts count from its beginning, and below are pyep's own words.
     ports, channels: addresses of handles by rank, 0 where there is none: of PortChannels to ranks of other nodes, of
         MemoryChannels to ranks of this node.
     """
@@ -43,7 +47,7 @@ class Channels:
         self.memory = self.array((nbytes,), np.uint8)
 
     def array(self, shape, dtype, offset=0):
-        """Part of `memory` as an array, not copied; offset: in `memory`, in bytes."""
+        """Part of `memory` as an array of a shape and a NumPy dtype, not copied; offset: in `memory`, in bytes."""
         connection = self._connection
         at = connection.transport.base + self.offset
         whole = arrays.Memory(self.engine, at, (connection.heap.nbytes,), connection.transport.memory)
@@ -54,7 +58,11 @@ class Channels:
         self._connection.transport.check_put(dst, src, nbytes)
 
     def kernel(self, fn, blocks=1, threads=32, **constants):
-        """A compiled kernel for `launch`; on the CPU engine PYEP_CPU_SHAPE says how many threads a block has."""
+        """A compiled kernel for `launch`.
+
+        fn: a function of the kernel language, whose first arguments are those that `launch` gives.  threads: of each block; on the
+        CPU engine PYEP_CPU_SHAPE says how many.  constants: the values of fn's template parameters.
+        """
         control = layout.control(self.size)
         offsets = dict(STATUS=control["status"].offset, FAILED=control["failed"].offset)
         return self._connection.engine.kernel(fn, blocks, threads, **offsets, **constants)
@@ -67,7 +75,8 @@ class Channels:
         connection.launch(kernel, stream, connection.transport.base, connection.timeout_ns, *args)
 
     def synchronize(self):
-        """Wait until what was launched has run; raise what went wrong in it."""
+        """Wait until what was launched has run.  EPTimeoutError if a wait gave up, EPTransportError if a proxy failed; from then on
+        it can only be closed."""
         self._connection.engine.synchronize()
         self._connection.check()
 

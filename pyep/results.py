@@ -40,7 +40,7 @@ class Received(NamedTuple):
     weight_of: object                   # [R, M, K] fp32, if weights travel: in the rank-major layout recv_topk_weights
     row_of: object                      # [R, M, K] int64, rank-major [R, M]: the row of recv_x that a selection (token) got, or -1
     sent: object                        # [R] int64: how many tokens each rank has; rank-major: how many came here
-    claims: object                      # [R, M + 1] int64, of port peers, unless rank-major: where in a box combine puts what
+    packet_of: object                   # [R, M + 1] int64, of port peers, unless rank-major: where in a box combine puts what
     selected: object                    # [M, K] int64: the experts that this rank's own tokens selected, or -1
 
 

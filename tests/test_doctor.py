@@ -13,9 +13,9 @@ import ranks
 from pyep.__main__ import main
 from pyep.channels import infiniband
 from pyep.channels.nodes import Nodes
-from pyep.doctor import Alone, hardware, report, software
+from pyep.doctor import OneRank, hardware, report, software
 from pyep.doctor import ranks as doctor_of_ranks
-from pyep.doctor.finding import Finding, Section, seen
+from pyep.doctor.finding import Finding, Section, examine
 
 cpu_only = pytest.mark.skipif(os.environ.get("PYEP_DEVICE") == "cuda", reason="what there is of the CPU engine")
 
@@ -50,7 +50,7 @@ def section_of(text, title):
 
 @cpu_only
 def test_one_rank():
-    status, text = doctor(Alone())
+    status, text = doctor(OneRank())
     assert status == 0 and text.endswith("Nothing must be fixed.\n")
     assert line_of(text, "engine") == "cpu"
     assert "numba " in line_of(text, "packages")
@@ -78,7 +78,7 @@ def test_nodes_that_cannot_be():
 
 def test_an_engine_that_is_not_there(monkeypatch):
     monkeypatch.setenv("PYEP_DEVICE", "abacus")
-    status, text = doctor(Alone())
+    status, text = doctor(OneRank())
     assert status == 1 and line_of(text, "engine").startswith("none")
     fixes = section_of(text, "to be fixed")
     assert any("PYEP_DEVICE is 'abacus'; expected cpu or cuda" in line for line in fixes)
@@ -110,7 +110,7 @@ def test_without_mpi(blocked):
     done = command(code=f"import sys; sys.modules[{blocked!r}] = None")
     assert done.returncode == (0 if torch else 1), done
     assert line_of(done.stdout, "MPI").startswith("does not start: ")
-    assert any("pip install 'pyep[mpi]'" in line for line in section_of(done.stdout, "could be had" if torch else "to be fixed"))
+    assert any("pip install 'pyep[mpi]'" in line for line in section_of(done.stdout, "optional" if torch else "to be fixed"))
 
 
 OPTIONAL = "cuda", "cupy", "mscclpp", "torch", "tabulate", "tqdm", "matplotlib", "cuda.bindings", "numba_cuda"
@@ -130,7 +130,7 @@ importlib.metadata.version = of_cpu"""
     assert done.returncode == 0, done
     assert line_of(done.stdout, "for PyTorch") == "not installed: torch (needed for its tensors)"
     assert line_of(done.stdout, "MSCCL++").startswith("MSCCL++ is not installed")
-    wanted = section_of(done.stdout, "could be had")
+    wanted = section_of(done.stdout, "optional")
     for fix in ("pyep[cuda]", "pyep[torch]", "pyep[bench]", "git+https://github.com/microsoft/mscclpp"):
         assert any(fix in line for line in wanted), wanted
 
@@ -147,7 +147,7 @@ def test_memory():
 def test_what_fails_while_looking():
     def look():
         raise RuntimeError("blind")
-    assert seen("moon", look) == [Finding("moon", "could not be looked at: RuntimeError: blind")]
+    assert examine("moon", look) == [Finding("moon", "could not be looked at: RuntimeError: blind")]
 
 
 def test_a_needed_package_is_missing(monkeypatch):
@@ -215,7 +215,7 @@ def test_what_must_be_fixed(capsys):
     text = capsys.readouterr().out
     assert report.status(sections) == 1 and "Nothing must be fixed" not in text and "nothing" not in text
     assert [line.split() for line in section_of(text, "to be fixed")] == [["one", "get", "it"]]
-    assert [line.split() for line in section_of(text, "could be had")] == [["two", "or", "not"]]
+    assert [line.split() for line in section_of(text, "optional")] == [["two", "or", "not"]]
     first, *rest = (line for line in section_of(text, "a")[:3])
     below = first.index("row")
     assert [line[below:] for line in rest] == ["   0 1", " 0 . x"]

@@ -295,7 +295,7 @@ def test_every_kernel_file_is_known():
     tools = {"__init__", "basics", "cache", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
     assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
-                             "low_latency_dispatch", "low_latency_mail", "low_latency_reduce", "low_latency_sums",
+                             "low_latency_dispatch", "low_latency_reduce", "low_latency_ship", "low_latency_sums",
                              "low_latency_units", "low_latency_unpack", "quantize", "intranode", "intranode_layout",
                              "intranode_notify", "intranode_dispatch", "intranode_combine"}
 
@@ -328,7 +328,7 @@ OVERLAP = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 LISTS = ["vote.sync.ballot.b32", "ld.shared.b64", "st.shared.b64", "bar.sync"]
 SUMS = ["fma.rn.f32", "cvt.rn.bf16x2.f32"]
 PORTS = ["st.release.sys.global.v2.u64", "atom.acq_rel.gpu.global.add.u64", "ld.acquire.sys.global.s64"]     # triggers, arrivals
-CLAIMS = "atom.relaxed.gpu.global.add.u64"                                  # of pieces; and of places in a FIFO
+CLAIMS = "atom.relaxed.gpu.global.add.u64"                                  # of packets; and of places in a FIFO
 DIVISION = "div.rn.f32"
 QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", "cvt.rn.satfinite.e4m3x2.f32", "st.relaxed.sys.global.u32"]
 

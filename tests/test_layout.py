@@ -81,7 +81,7 @@ def test_control_regions(ranks):
     assert regions["chunk"].dims == (ranks, MAX_CHUNKS)
     assert regions["boxes"].dims == (2, ranks, 4)                # what `box_table` has
     assert regions["claims"].dims == regions["told"].dims == (ranks,)
-    assert regions["records"].dims == (2, ranks, 4)
+    assert regions["flags"].dims == (2, ranks, 4)
     assert regions["consumed"].item >= 2 * WORD                  # of a port peer two words come
 
 
@@ -225,7 +225,7 @@ def test_a_published_shape_by_hand():
         "claims": (413_056, 32),
         "packed": (413_184, 8),
         "told": (413_312, 32),
-        "records": (413_440, 256),
+        "flags": (413_440, 256),
     }
     assert control_bytes(4) == 413_696
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_layout import PUBLISHED, check_in_order, shapes
 
-from pyep.layout import (LINE, MAX_LOCAL_EXPERTS, PIECE_HEAD, WORD, LowLatency, box_bytes, box_table, boxes, half_capacity,
+from pyep.layout import (LINE, MAX_LOCAL_EXPERTS, PACKET_HEADER, WORD, LowLatency, box_bytes, box_table, boxes, half_capacity,
                          most_port_peers)
 
 SHAPES = shapes().filter(lambda shape: shape.num_ranks > 1)      # one rank has no peers
@@ -30,16 +30,16 @@ def test_every_shape_that_fits_a_half_fits_a_box(shape, spare):
 @given(SHAPES)
 @example(FULL)
 def test_what_a_box_holds(shape):
-    """Of one source as much as a half has of it; rows behind heads, each aligned to 16 bytes."""
-    head, routes, places, pieces = shape.dispatch_box()
+    """Of one source as much as a half has of it; rows behind headers, each aligned to 16 bytes."""
+    header, routes, places, packets = shape.dispatch_box()
     half_routes, half_places, half_rows = shape.dispatch()
-    assert head.dims[0] * WORD == 16 + WORD * (1 + (1 if shape.rank_major else shape.local_experts))
+    assert header.dims[0] * WORD == 16 + WORD * (1 + (1 if shape.rank_major else shape.local_experts))
     assert (routes.dims, places.dims) == (half_routes.dims[1:], half_places.dims[1:])
-    assert pieces.dims == half_rows.dims[1:] and pieces.item == PIECE_HEAD + half_rows.item
-    (_, pieces_back), (rows_back,) = shape.combine_box(), shape.combine()
-    assert pieces_back.item == PIECE_HEAD + rows_back.item
-    assert pieces_back.dims[0] == rows_back.nbytes // rows_back.item // (shape.num_ranks if shape.reduced else 1)
-    assert pieces.item % 16 == pieces_back.item % 16 == PIECE_HEAD % 16 == 0
+    assert packets.dims == half_rows.dims[1:] and packets.item == PACKET_HEADER + half_rows.item
+    (_, packets_back), (rows_back,) = shape.combine_box(), shape.combine()
+    assert packets_back.item == PACKET_HEADER + rows_back.item
+    assert packets_back.dims[0] == rows_back.nbytes // rows_back.item // (shape.num_ranks if shape.reduced else 1)
+    assert packets.item % 16 == packets_back.item % 16 == PACKET_HEADER % 16 == 0
 
 
 @given(NODES, st.integers(0, 10**6), st.integers(0, 100))
@@ -71,14 +71,14 @@ def test_most_port_peers(node_of, most):
 def test_a_published_shape_by_hand():
     """M=128, H=7168, R=4, E=256, K=8, two nodes of two ranks."""
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch_box()] == [
-        ("head", 0, 536),                               # 3 + 64 words
+        ("header", 0, 536),                               # 3 + 64 words
         ("routes", 640, 8192),                          # 128 x 8 words
         ("places", 8832, 8192),
-        ("pieces", 17_024, 1_837_056),                  # 128 x (16 + 14336)
+        ("packets", 17_024, 1_837_056),                  # 128 x (16 + 14336)
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine_box()] == [
-        ("head", 0, 24),
-        ("pieces", 128, 14_696_448),                    # 128 x 8 x (16 + 14336)
+        ("header", 0, 24),
+        ("packets", 128, 14_696_448),                    # 128 x 8 x (16 + 14336)
     ]
     assert box_bytes(PUBLISHED.half_bytes) == 22_037_120         # 3/2 x 14680064 + 2050 words + 4 lines, up to a line
     assert [(r.name, r.offset, r.nbytes) for r in boxes(1000 * LINE, 2, PUBLISHED.half_bytes)] == [

@@ -156,7 +156,7 @@ def waits_for_late_ranks(comm):
 
 
 def test_statistics():
-    """The wait for a port peer is the wait for its mail; rank 2 has nothing but port peers, ranks 0 and 1 have one."""
+    """The wait for a port peer is the wait for its box; rank 2 has nothing but port peers, ranks 0 and 1 have one."""
     waited = np.array(ranks.run(3, between_nodes, 2, waits_for_late_ranks))                # [rank, late, operation, source]
     for late in range(3):
         for rank in {0, 1, 2} - {late}:
@@ -272,15 +272,15 @@ def test_unordered_puts():
 
 # ---- at fault --------------------------------------------------------------------------------------------------------
 
-MAIL = (r"the peer's mail: .+\. Slot consumed\[source 1\]: expected epoch {epoch} or later, seen epoch {seen} \(operation of epoch "
-        r"{epoch}\)\. Rank 1 has exited, .+")
+BOX = (r"the peer's box: .+\. Slot consumed\[source 1\]: expected epoch {epoch} or later, seen epoch {seen} \(operation of epoch "
+       r"{epoch}\)\. Rank 1 has exited, .+")
 PORT = r"\. Rank 1 is reached through a port: proxy 0: FIFO head \d+, tail \d+, last trigger put of 16 bytes .+; the proxy runs"
 
 
 def assert_blamed(text, rank, operation, epoch):
-    """The rank has waited for the bad one's mail."""
+    """The rank has waited for the bad one's box."""
     pattern = rf"{operation}, receive phase: rank {rank} waited {TIMEOUT} s for rank {BAD}: "
-    assert re.fullmatch(pattern + MAIL.format(epoch=epoch, seen=epoch - 1) + PORT, text), text
+    assert re.fullmatch(pattern + BOX.format(epoch=epoch, seen=epoch - 1) + PORT, text), text
 
 
 def exits(buf):

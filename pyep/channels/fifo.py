@@ -18,13 +18,13 @@ def store(address, value):
 
 @functools.cache
 def host_code(fn):
-    """A function of the kernel language for a thread of the host to call.  It keeps the interpreter lock: to get that back from a
+    """A function of the kernel language, compiled for threads of the host.  Calls keep the interpreter lock: to get it back from a
     busy main thread may take 5 ms."""
     return compile_kernel(fn, Cpu(), {}, nogil=False)
 
 
 def lines(n):
-    """`n` lines of zeros, as (array [n, words] int64 that begins on a line, addresses of the lines)."""
+    """`n` lines (of LINE bytes, aligned) of zeros: (array [n, LINE / 8] int64, addresses of the lines)."""
     raw = np.zeros(n * LINE + LINE, np.uint8)
     start = -raw.ctypes.data % LINE
     array = raw[start:start + n * LINE].view(np.int64).reshape(n, -1)
@@ -68,4 +68,5 @@ class Fifo:
         return self._words[0, 0] == self._words[1, 0]
 
     def state(self):
+        """Head and tail, in words."""
         return f"FIFO head {self._words[0, 0]}, tail {self._words[1, 0]}"

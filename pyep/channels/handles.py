@@ -6,7 +6,8 @@ A *handle* is a run of words that never change while kernels run.  A *trigger* i
 from typing import NamedTuple
 
 # ---- handles: byte offsets ---------------------------------------------------------------------------------------------
-# A semaphore counts signals: the peer adds to its inbound word, waiters take from it by adding to the expected word.
+# A semaphore counts signals: the peer adds to its inbound word; a waiter adds to the expected word, then waits until inbound is as
+# large.
 
 # PortChannel.  Head, tail and the cached tail are those of its proxy's FIFO, all addresses; several channels share them.
 SEMAPHORE = 0                           # 4 bytes: the channel's number in its proxy
@@ -46,7 +47,7 @@ MAX_OFFSET, MAX_MEMORIES, MAX_SEMAPHORES = 2**32, 2**9, 2**10
 
 
 class Trigger(NamedTuple):
-    """A trigger taken apart; offsets and sizes in bytes."""
+    """A trigger taken apart, for proxies and error messages; offsets and sizes in bytes."""
 
     kind: int
     semaphore: int

@@ -17,7 +17,7 @@ from .transport import Transport, channels_per_peer, num_proxies, require_port_o
 
 
 def _anonymous_file(nbytes):
-    """(file descriptor, path by which other processes of this host open it); unlinked once all have."""
+    """(file descriptor, path by which other processes of this host open it, whether it must be unlinked once all have)."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("pyep")
         path, named = f"/proc/{os.getpid()}/fd/{fd}", False

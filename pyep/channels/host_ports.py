@@ -12,24 +12,30 @@ from .proxy import Proxy, memories
 from .transport import channels_per_peer, num_proxies, proxy_of
 
 FIFO_SIZE = 512                         # triggers
-DRAIN_S = 0.5                           # how long a proxy goes on after an error, for peers that have none
+DRAIN_S = 0.5                           # after an error: how long a proxy still sends what was pushed
 
-LEVELS = {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED"}
+GET_MULTIPLE = "leave mpi4py.rc.thread_level at \"multiple\" (its default), and take an MPI library that was built for it"
+
+
+def thread_level():
+    """MPI's: "SINGLE", "FUNNELED", "SERIALIZED" or "MULTIPLE"."""
+    return {MPI.THREAD_SINGLE: "SINGLE", MPI.THREAD_FUNNELED: "FUNNELED", MPI.THREAD_SERIALIZED: "SERIALIZED",
+            MPI.THREAD_MULTIPLE: "MULTIPLE"}[MPI.Query_thread()]
 
 
 def require_threads():
     """EPTransportError unless proxies may call MPI beside the main thread."""
-    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
-        raise EPTransportError(f"ports on the CPU engine need MPI's thread level MULTIPLE, but MPI was initialized with "
-                               f"{LEVELS[MPI.Query_thread()]}: leave mpi4py.rc.thread_level at \"multiple\" (its default), and "
-                               "take an MPI library that was built for it")
+    if thread_level() != "MULTIPLE":
+        raise EPTransportError("ports on the CPU engine need MPI's thread level MULTIPLE, but MPI was initialized with "
+                               f"{thread_level()}: {GET_MULTIPLE}")
 
 
 class HostPorts:
     """PortChannels to all ranks of other nodes; collective.  ports: the handles' addresses, 0 where there is none."""
 
     def __init__(self, comm, nodes, memory, failed, queue_pairs):
-        """comm: for proxies alone.  memory: [bytes] uint8, this rank's symmetric memory.  failed: see `Proxy`."""
+        """comm: an MPI communicator for proxies alone.  memory: [bytes] uint8, this rank's symmetric memory.  failed: see `Proxy`.
+        queue_pairs: see `Transport`."""
         require_threads()
         me, per_peer = nodes.rank, channels_per_peer(queue_pairs)
         comm.Set_errhandler(MPI.ERRORS_RETURN)                   # an error there is an exception, and not the end of the process
@@ -61,13 +67,13 @@ class HostPorts:
                 raise EPTransportError(f"the proxy of this rank's ports has failed: {proxy.error}") from proxy.error
 
     def state(self, rank):
+        """`Proxy.state` of the proxies that serve a peer."""
         return ", ".join(f"proxy {i}: {self.proxies[i].state()}" for i in self._proxies_of[rank])
 
     def close(self, all_here, timeout_s):
-        """all_here: whether the ports of all ranks close now, none after an error: then what was pushed is sent to the end.
+        """End all proxies.  all_here: whether all ranks close now, and none after an error: then all that was pushed is sent.
 
-        Else it is sent if that takes no longer than DRAIN_S: what a kernel has stored to a mapped peer has come too, whatever
-        error the program makes of it.
+        Else it is sent as far as DRAIN_S allows: what a kernel has stored to a mapped peer has come too, whatever error follows.
         """
         if not all_here:
             for proxy in self.proxies:
@@ -78,5 +84,6 @@ class HostPorts:
 
 
 def end(proxies):
+    """For the finalizer, which must not refer to `HostPorts`."""
     for proxy in proxies:
         proxy.end()

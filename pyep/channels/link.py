@@ -1,8 +1,8 @@
 """One PortChannel of the CPU engine between two ranks' proxies, both ways, by messages of MPI.
 
-A message is a head of three words, [kind, offset, bytes], and the data behind it.  Data of more than INLINE bytes follows in a
-message of its own, which MPI takes from one symmetric memory and brings into the other.  Messages do not overtake each other, and
-a head is received only when the data of the head before is there: so what comes becomes visible in the order of the channel.
+A message is a header of three words, [kind, offset, bytes], and the data behind it.  Data of more than INLINE bytes follows in a
+message of its own, which MPI takes from one symmetric memory and brings into the other.  Messages do not overtake each other, and a
+header is received only when the data of the header before is there: so what comes becomes visible in the order of the channel.
 """
 import collections
 import time
@@ -16,15 +16,16 @@ from .fifo import host_code, lines, store
 from .handles import DATA, FLUSH, SIGNAL
 
 GOODBYE = 0                             # the kind of a channel's last message
-HEAD_BYTES = 24
-INLINE = 1000                           # bytes of data that travel with their head, at most
-RELEASE_S = 0.1                         # how long requests that were taken back may take to end
+HEADER_BYTES = 24
+INLINE = 1000                           # bytes of data that travel with their header, at most
+RELEASE_S = 0.1                         # how long `release` waits for requests to end
 
 _unended = []                           # requests that MPI did not end, and the memory that it may still touch
 
 
 def deliver(dst, src, nbytes):
-    """Copy bytes into memory that kernels look at, in order; each aligned word of 8 bytes that is written whole changes at once."""
+    """Copy bytes in order into memory that kernels poll; addresses.  An aligned word of 8 bytes that is written whole changes at
+    once."""
     end = dst + nbytes
     while dst < end:
         if dst & 7 == 0 and dst + 8 <= end:
@@ -38,22 +39,24 @@ def deliver(dst, src, nbytes):
 class Link:
     """The channel to a peer, and what comes from it.
 
-    rank: the peer.  inbound, expected, flush_done: addresses of words, for the handle.  parted: whether the peer's goodbye came.
+    rank: the peer.  inbound, expected, flush_done: addresses of words, for the handle.  closed: whether nothing more is received:
+    the peer's goodbye has come, or `release` was called.
     """
 
     def __init__(self, comm, rank, tag, memory):
         """comm: for proxies alone.  tag: the channel's, the same on both ranks.  memory: [bytes] uint8, of the puts."""
-        self.rank, self.parted = rank, False
+        self.rank, self.closed = rank, False
         self._comm, self._tag, self._memory = comm, tag, memory
         self._words, (self.inbound, self.expected, self.flush_done) = lines(3)
-        self._signals = 0                                        # that have come
+        self._signals = 0                                        # received so far
         self._under_way = collections.deque()                    # (request, what it sends), or (None, position of a flush)
-        self._message = np.zeros(HEAD_BYTES + INLINE, np.uint8)
-        self._head, self._body = self._message[:HEAD_BYTES].view(np.int64), False
+        self._message = np.zeros(HEADER_BYTES + INLINE, np.uint8)
+        self._header = self._message[:HEADER_BYTES].view(np.int64)
+        self._data_next = False                                  # whether the message that is awaited is data without a header
         self._deliver, self._store = host_code(deliver), host_code(store)
         self._expect(self._message)
 
-    # ---- what goes -------------------------------------------------------------------------------------------------------
+    # ---- send ------------------------------------------------------------------------------------------------------------
 
     @property
     def in_flight(self):
@@ -71,8 +74,8 @@ class Link:
         if trigger.kind & FLUSH:
             self._under_way.append((None, position))
 
-    def part(self):
-        """Say goodbye: no more will come."""
+    def say_goodbye(self):
+        """Tell the peer that no more will come."""
         self._send(GOODBYE, 0, self._memory[:0])
 
     def _require_inside(self, trigger):
@@ -82,11 +85,12 @@ class Link:
                                    f"memory ({len(self._memory)} bytes)")
 
     def _send(self, kind, offset, data):
-        head = np.array([kind, offset, len(data)], np.int64).view(np.uint8)
-        for message in [np.concatenate([head, data])] if len(data) <= INLINE else [head, data]:
+        header = np.array([kind, offset, len(data)], np.int64).view(np.uint8)
+        for message in [np.concatenate([header, data])] if len(data) <= INLINE else [header, data]:
             self._under_way.append((self._comm.Isend([message, MPI.BYTE], self.rank, self._tag), message))
 
     def _note_sent(self):
+        """Forget what MPI has sent, and tell flushes that are done: whether there was any."""
         before = len(self._under_way)
         while self._under_way:
             request, message = self._under_way[0]
@@ -97,29 +101,30 @@ class Link:
             self._under_way.popleft()
         return len(self._under_way) < before
 
-    # ---- what comes ------------------------------------------------------------------------------------------------------
+    # ---- receive ---------------------------------------------------------------------------------------------------------
 
     def _expect(self, buffer):
+        """Have the next message received into a buffer."""
         self._receiving = self._comm.Irecv([buffer, MPI.BYTE], self.rank, self._tag)
 
     def _receive(self):
         """Take one message, if one has come: whether one has."""
-        if self.parted or not self._receiving.Test():
+        if self.closed or not self._receiving.Test():
             return False
-        kind, offset, nbytes = self._head.tolist()
+        kind, offset, nbytes = self._header.tolist()
         if kind == GOODBYE:
-            self.parted = True
+            self.closed = True
             return True
-        if nbytes > INLINE and not self._body:
-            self._body = True
+        if nbytes > INLINE and not self._data_next:
+            self._data_next = True
             self._expect(self._memory[offset:offset + nbytes])
             return True
-        if not self._body:
-            self._deliver(self._memory.ctypes.data + offset, self._message.ctypes.data + HEAD_BYTES, nbytes)
+        if not self._data_next:
+            self._deliver(self._memory.ctypes.data + offset, self._message.ctypes.data + HEADER_BYTES, nbytes)
         if kind & SIGNAL:
             self._signals += 1
             self._store(self.inbound, self._signals)
-        self._body = False
+        self._data_next = False
         self._expect(self._message)
         return True
 
@@ -130,9 +135,10 @@ class Link:
         return self._note_sent() | self._receive()
 
     def release(self):
-        """Take back what MPI was asked for.  What it does not let go of within RELEASE_S stays for ever, memory included."""
+        """Cancel the receive, and wait until all requests have ended.  Those that have not within RELEASE_S are kept for ever, with
+        the memory that MPI may still touch."""
         requests = [request for request, _ in self._under_way if request is not None]
-        if not self.parted:
+        if not self.closed:
             self._receiving.Cancel()
             requests.append(self._receiving)
         deadline = time.monotonic() + RELEASE_S
@@ -142,4 +148,4 @@ class Link:
                 break
             time.sleep(100e-6)
         self._under_way.clear()
-        self.parted = True
+        self.closed = True

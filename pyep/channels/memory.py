@@ -7,8 +7,8 @@ words is the absence value; who reads it puts that value back, so that the slot 
 Every wait ends.  The first thread of a rank whose wait lasts longer than the timeout writes a record for the host, and all
 waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.
 
-`watch` is (own symmetric memory, timeout in ns, epoch of the operation); `wait` says what is waited for (see `WAITS` in
-`pyep.low_latency` and `pyep.high_throughput`).
+`watch` is (address of the own symmetric memory, timeout in ns, epoch of the operation); `wait` is the number of what is waited for
+(see `WAITS` in `pyep.low_latency` and `pyep.high_throughput`), `source` the rank that owes it.
 """
 from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_acquire, ld8_constant, ld8_relaxed, ld16_relaxed,
                             pause, polls_per_look, st4, st8, st8_relaxed, st8_release, st16, swap8_if, umod)
@@ -18,8 +18,8 @@ STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memor
 
 ABSENT, ABSENT4 = -1, 0xFFFFFFFF                # a word of 8 bytes, of 4 bytes, that has not come
 LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and start over: neither 0 nor 0xffffffff is one
-HOST_WORDS = 16 + 2047                          # that kernels write for the host beside it; 2047: layout.MAX_LOCAL_EXPERTS
-LONG_NS = 50_000                                # what a thread has waited when it need not be the first to see what it waits for
+HOST_WORDS = 16 + 2047                          # that kernels write for the host beside RECORD; 2047: layout.MAX_LOCAL_EXPERTS
+LONG_NS = 50_000                                # after so long a wait, latency no longer matters: `patience` pauses
 RECORD = ("state", "wait", "peer", "offset", "expected", "seen", "epoch")      # the words of the status block
 
 

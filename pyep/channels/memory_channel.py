@@ -13,7 +13,7 @@ AT_ONCE = 4                                     # pieces of 16 bytes that a thre
 def put(channel, dst, src, nbytes, thread, threads):
     """Copy bytes of this rank's memory into the peer's: `threads` threads do it, of which this is number `thread`.
 
-    dst, src, nbytes: multiples of 16.  All threads must meet before one of them signals.
+    dst, src, nbytes: multiples of 16.  All these threads must meet before one of them signals.
     """
     to, source = ld8_constant(channel + DST) + dst, ld8_constant(channel + SRC) + src
     at, step = 16 * thread, 16 * threads
@@ -41,6 +41,9 @@ def wait(watch, wait, rank, channel):
 
 
 def take_signal(watch, wait, source, inbound, expected):
-    """Wait until a semaphore has had a signal for each time that this was called: 1, or 0 if it never came."""
+    """Wait until a semaphore has had as many signals as this was called times: 1, or 0 if the last never came.
+
+    inbound, expected: addresses of its words, see `handles`; source: the rank that signals.
+    """
     goal = fetch_add8_relaxed(expected, 1) + 1
     return 1 if wait_number(watch, wait, source, inbound, goal) >= goal else 0

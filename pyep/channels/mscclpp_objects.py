@@ -23,10 +23,12 @@ DRAIN_S, STUCK_S = 1.0, 0.1             # how long a proxy may take for all that
 class Links:
     """Connections with some peers; for each of these, this rank's memory and the peer's, registered, and a semaphore.
 
-    Built by `STEPS`, in this order, which all ranks take together: requests go out in one step, answers are waited for in the next.
+    Built by the methods named in `STEPS`, in this order, which all ranks take together: requests go out in one step, answers are
+    waited for in the next.
 
-    Each has a communicator of its own, hence a stream of its own for copies between GPUs: MSCCL++ does not tell apart whose copies
-    are under way on a stream, and two proxies that shared one could take each other's for done.
+    Mapped peers share one of these; so do the peers of each proxy.  Each has a communicator of its own, hence a stream of its own
+    for copies between GPUs: MSCCL++ does not tell apart whose copies are under way on a stream, and two proxies that shared one
+    could take each other's for done.
     """
 
     STEPS = "ask_for_connections", "connect", "ask_for_memory", "map_memory", "ask_for_semaphores", "make_semaphores"
@@ -66,8 +68,8 @@ class Links:
     def make_semaphores(self):
         self.semaphores = self._answers()
 
-    def part(self):
-        """Let go of what only connecting takes."""
+    def drop_communicator(self):
+        """Connecting is over."""
         self._asked = self._communicator = None
 
     def _answers(self):
@@ -142,7 +144,7 @@ class Proxy:
 
 
 class Objects:
-    """All of MSCCL++ that a transport holds, for one GPU.
+    """All of MSCCL++ that a transport holds, made and dropped in the order that MSCCL++ needs.
 
     bootstrap: MSCCL++'s, until all is connected.  mapped: `Links` to mapped peers, and their `channels`.  served: `Links` to the
     port peers of each proxy, by its number, and the `proxies`.
@@ -178,13 +180,13 @@ class Objects:
         The bootstrap goes: with it its sockets, one of them a file in /tmp that a process would leave behind if it were killed.
         """
         for links in (self.mapped, *self.served.values()):
-            links.part()
+            links.drop_communicator()
         self.bootstrap = None
         for proxy in self.proxies.values():
             proxy.start()
 
     def stop(self):
-        """End them; idempotent."""
+        """End the proxies' threads; idempotent."""
         for proxy in self.proxies.values():
             proxy.stop()
 

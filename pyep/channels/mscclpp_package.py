@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..errors import EPTransportError
 from . import handles
 
-INSTALL = ("pip install 'mscclpp @ git+https://github.com/microsoft/mscclpp', which builds it with CUDA's nvcc, CMake, "
+INSTALL = ("pip install 'mscclpp[cuda13] @ git+https://github.com/microsoft/mscclpp'  # builds it, with CUDA's nvcc, CMake, "
            "libibverbs-dev and libnuma-dev")
 OLDEST = "MSCCL++ of 2026-08-12 (commit 5e038eac) or later"
 BEFORE = {80: "0.10", 72: "0.9"}        # versions whose PortChannel handles have so many bytes

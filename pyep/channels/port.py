@@ -1,8 +1,8 @@
 """Device half of MSCCL++'s PortChannel: put, signal, flush and wait through a proxy, for peers whose memory this rank does not map.
 
-A thread *pushes* a trigger of 16 bytes into the FIFO of a proxy, a thread of the host, which does what it says: in the order of
-the FIFO, and visible to the peer in that order.  Everything here is for one thread; a warp that wants one put calls from one lane,
-after the warp has met.
+A thread *pushes* a trigger of 16 bytes into the FIFO of a proxy, a thread of the host, which does what it says, in the order of
+the FIFO.  What of it a peer sees in that order is the transport's to say: `Transport.orders_puts`.  Everything here is for one
+thread; a warp that wants one put calls from one lane, after the warp has met.
 
 `port` is the address of a handle, `Transport.ports[rank]`; offsets and sizes are in bytes of the symmetric memory, less than 2**32.
 `watch` and `wait` are as in `memory`: a full FIFO and a flush are waits too, for the peer `rank`.
@@ -17,7 +17,8 @@ from .memory_channel import take_signal
 def put(watch, wait, rank, port, dst, src, nbytes):
     """Have bytes of this rank's memory copied into the peer's.  They must not change before a flush, or an answer of the peer.
 
-    A put is visible to the peer before whatever is pushed after it on this channel.  1, or 0 if the FIFO stayed full.
+    A put is visible to the peer before later signals of this channel, and where `Transport.orders_puts` before later puts.  1, or 0
+    if the FIFO stayed full.
     """
     return 1 if push(watch, wait, rank, port, src << 32 | nbytes, trigger(port, DATA, dst)) >= 0 else 0
 
@@ -33,7 +34,8 @@ def put_with_signal(watch, wait, rank, port, dst, src, nbytes):
 
 
 def flush(watch, wait, rank, port):
-    """Wait until what earlier puts of this channel read may be rewritten.  (Not until it has come.)  1, or 0 if that never was."""
+    """Wait until what earlier puts of this channel read may be rewritten; the peer need not see them yet.  1, or 0 if that never
+    was."""
     position = push(watch, wait, rank, port, 0, trigger(port, FLUSH, 0))
     done = 0
     if position >= 0 and wait_number(watch, wait, rank, ld8_constant(port + FLUSH_DONE), position + 1) > position:
@@ -54,9 +56,10 @@ def trigger(port, kind, dst):
 
 
 def push(watch, wait, rank, port, first, second):
-    """Claim a slot of the FIFO, wait until the proxy has taken what was there a lap ago, and publish the trigger.
+    """Claim a slot of the FIFO, wait until the proxy has taken the trigger of a lap ago from it, and publish this one.
 
-    Its position, or -1: then the slot is lost and the proxy stops there, as all that this rank does.
+    Its position, or -1 if the proxy never took that: then the slot stays empty and the proxy stops there, but so do all waits of
+    this rank.
     """
     position = fetch_add8_relaxed(ld8_constant(port + HEAD), 1)
     before = position - ld8_constant(port + MASK) - 1            # the position that had this slot

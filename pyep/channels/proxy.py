@@ -11,15 +11,18 @@ from ..errors import EPTransportError
 from .handles import MAX_MEMORIES
 
 IN_FLIGHT = 64                          # messages to a peer that MPI has not sent yet, at most: it may be stuck
-# When there is nothing to do it lets others have the core so often, then takes short naps, and after about a quarter of a second
-# long ones: what it then costs is some percent of a core.
+# A proxy that finds nothing to do yields the core YIELDS times, then takes SHORT_NAPS short naps, which is about a quarter of a
+# second, then long ones: it then costs some percent of a core.
 YIELDS, SHORT_NAPS = 20, 5000
 NAP_S, LONG_NAP_S = 20e-6, 500e-6
 PR_SET_TIMERSLACK = 29
 
 
 class Proxy:
-    """links: the channels that it serves, `pyep.channels.link.Link`s.  error: what ended it, or None."""
+    """One FIFO (`pyep.channels.fifo.Fifo`), and the thread that serves it.
+
+    links: the channels that it serves, `pyep.channels.link.Link`s, by their number in triggers.  error: what ended it, or None.
+    """
 
     def __init__(self, fifo, links, failed):
         """failed: [1] int64, the word that ends all waits of this rank, to be set if this fails."""
@@ -50,14 +53,14 @@ class Proxy:
             self._thread.join()
 
     def finish(self, timeout_s):
-        """Serve what is in the FIFO, part from the peers, who do so too, and end: whether that went well in time."""
+        """Serve what is in the FIFO, say goodbye to all peers, wait for theirs, and end: whether that went well in time."""
         self._leaving = True
         if self.runs:
             self._thread.join(timeout_s)
-        return self._parted() and self.error is None
+        return self._all_closed() and self.error is None
 
     def drain(self, timeout_s):
-        """Wait until what was pushed is sent, but no longer than that."""
+        """Wait until what was pushed is sent, but no longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.runs and not (self._fifo.empty and not any(link.in_flight for link in self.links)):
             if time.monotonic() > deadline:
@@ -84,7 +87,7 @@ class Proxy:
         wake_in_time()
         idle = 0
         try:
-            while not (self._stopping or self._parted()):
+            while not (self._stopping or self._all_closed()):
                 idle = 0 if self._work() else idle + 1
                 rest(idle)
         except Exception as error:
@@ -94,8 +97,9 @@ class Proxy:
             for link in self.links:
                 link.release()
 
-    def _parted(self):
-        return self._said_goodbye and all(link.parted and not link.in_flight for link in self.links)
+    def _all_closed(self):
+        """Whether all is sent and received, goodbyes included."""
+        return self._said_goodbye and all(link.closed and not link.in_flight for link in self.links)
 
     def _work(self):
         """Serve what there is: whether there was anything."""
@@ -106,7 +110,7 @@ class Proxy:
             worked, trigger = True, self._fifo.next()
         if self._leaving and not self._said_goodbye and trigger is None:
             for link in self.links:
-                link.part()
+                link.say_goodbye()
             self._said_goodbye = True
         for link in self.links:
             worked |= link.progress()

@@ -29,6 +29,7 @@ def kinds_of(hosts, nodes, setting):
 
 
 def kind_of(rank, hosts, nodes, setting):
+    """How this rank reaches one rank, see `kinds_of`."""
     if rank == nodes.rank:
         return "self"
     if nodes.holds(rank):

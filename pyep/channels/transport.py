@@ -1,4 +1,4 @@
-"""What a transport owes `Buffer`, and how ranks find and meet each other on the host."""
+"""The interface of a transport, and how ranks find and meet each other on the host."""
 import itertools
 import os
 import pickle
@@ -25,7 +25,7 @@ class Transport:
     ports: address of the PortChannel handle for each port peer, else 0; there are `channels_per_peer(queue_pairs)`, one after
         another.  Handles are those of `pyep.channels.handles`, in memory that kernels read.
     orders_puts: whether a put is visible to a port peer before later puts of its channel.  Before later signals it always is.
-    memory: what keeps this rank's memory, also beyond `close`, for arrays that lie in it.
+    memory: an object that keeps this rank's memory while it is referred to, also beyond `close`, for arrays that lie in it.
     status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
     answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
     """
@@ -68,8 +68,8 @@ class Transport:
                 self.write(self.channels[rank] - self.base, np.array(words, np.int64))
 
     def check_put(self, dst, src, nbytes):
-        """ValueError unless a put stays inside the symmetric memory.  To be called before a kernel makes it: for one that does not
-        the proxy of MSCCL++ ends the process."""
+        """ValueError unless a put stays inside the symmetric memory; dst, src, nbytes in bytes.  To be called before a kernel makes
+        the put: for one that does not MSCCL++'s proxy ends the process."""
         for name, value in (("dst", dst), ("src", src), ("nbytes", nbytes)):
             if value < 0:
                 raise ValueError(f"{name} is {value}; expected bytes, at least 0")
@@ -102,7 +102,7 @@ def require_port_offsets(nbytes):
 
 
 def require_same_settings(bootstrap, settings, timeout_s):
-    """ValueError, on every rank, unless all have the same settings; a dict by name."""
+    """ValueError, on every rank, unless all have the same settings, a dict of values by name.  Collective."""
     told = bootstrap.allgather(settings, timeout_s, "Buffer: comparing settings of ports")
     for name in settings:
         values = [theirs[name] for theirs in told]

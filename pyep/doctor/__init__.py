@@ -32,8 +32,8 @@ def run(args, comm):
     return report.status([*found, *sections])
 
 
-class Alone:
-    """What stands for MPI's communicator where MPI does not start: one rank."""
+class OneRank:
+    """In place of MPI's communicator where MPI does not start."""
 
     rank, size = 0, 1
 

@@ -21,8 +21,11 @@ class Section(NamedTuple):
     findings: list
 
 
-def seen(what, look, *args):
-    """The `Finding`s of a function that looks at something; if it fails, a finding that says so: a doctor must not fall ill."""
+def examine(what, look, *args):
+    """The list of `Finding`s of a function that looks at something; if it fails, one that says so, for the report goes on.
+
+    what: the thing's name, for that case.  look: a function of `args`; it returns a `Finding` or a list of them.
+    """
     try:
         found = look(*args)
     except Exception as error:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from ..channels import infiniband
-from .finding import Finding, Section, seen
+from .finding import Finding, Section, examine
 from .software import DRIVER, gpus_wanted, has_driver
 
 OLDEST_CUDA = 13000                     # of the driver: what nvidia-nvvm 13.0 writes PTX for
@@ -13,13 +13,13 @@ PEER_MEMORY = Path("/sys/module/nvidia_peermem")
 
 def look():
     """The sections of this file."""
-    return [Section("GPUs", gpu_findings()), Section("InfiniBand", seen("adapters", adapters))]
+    return [Section("GPUs", gpu_findings()), Section("InfiniBand", examine("adapters", adapters))]
 
 
 def gpu_findings():
     if not has_driver():
         return [Finding("driver", f"none ({DRIVER} is not there): the CPU engine is used")]
-    return [*seen("driver", driver), *seen("GPUs", gpus), *seen("peer access", peer_access)]
+    return [*examine("driver", driver), *examine("GPUs", gpus), *examine("peer access", peer_access)]
 
 
 def driver():
@@ -59,6 +59,7 @@ def cuda_runtime():
 
 
 def describe(runtime, index):
+    """A GPU in words."""
     error, gpu = runtime.cudaGetDeviceProperties(index)
     if error:
         return f"cudaGetDeviceProperties fails: {error.name}"
@@ -90,7 +91,7 @@ def adapters():
     found = [Finding(f"{p.adapter}/{p.number}", f"{p.state}, {p.link}, {p.rate}") for p in ports]
     if not any(p.state == "ACTIVE" for p in ports):
         found.append(Finding("adapters", "no port is active", "see `ibstat`: cable, subnet manager", optional=True))
-    return [*found, *seen("libibverbs", libibverbs), *seen("peer memory", peer_memory)]
+    return [*found, *examine("libibverbs", libibverbs), *examine("peer memory", peer_memory)]
 
 
 def libibverbs():

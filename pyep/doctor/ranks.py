@@ -10,7 +10,7 @@ from ..channels.reach import kinds_of, port_transport
 from ..channels.transport import MpiBootstrap, host_identity
 from ..choices import choose_device, choose_transport
 from ..errors import EPTransportError
-from .finding import Finding, Section, seen
+from .finding import Finding, Section, examine
 from .hardware import cuda_runtime
 
 TIMEOUT_S = 30
@@ -20,8 +20,8 @@ WORDS = {"shared": "memory that processes share", "mapped": "mapped GPU memory",
          "ipc": "a port, served by CUDA IPC", "ib": "a port, served by InfiniBand", "none": "nothing: take transport mscclpp"}
 
 
-class AloneBootstrap:
-    """A group of one rank."""
+class OneRankBootstrap:
+    """As `MpiBootstrap`, for one rank, which need not have MPI."""
 
     rank, size = 0, 1
 
@@ -42,7 +42,7 @@ class Rank(NamedTuple):
 
 def look(comm):
     """The sections of this file, on every rank."""
-    bootstrap = MpiBootstrap(comm, TIMEOUT_S) if comm.size > 1 else AloneBootstrap()
+    bootstrap = MpiBootstrap(comm, TIMEOUT_S) if comm.size > 1 else OneRankBootstrap()
     try:
         nodes = find_nodes(bootstrap, TIMEOUT_S)                 # fails on all ranks, or on none
     except (EPTransportError, ValueError) as error:
@@ -51,10 +51,11 @@ def look(comm):
     ranks = bootstrap.allgather(this_rank(hosts, nodes), TIMEOUT_S, "doctor: comparing transports")
     return [Section("ranks", [describe(rank, told, nodes) for rank, told in enumerate(ranks)]),
             Section("from each rank to each", pairs([told.kinds for told in ranks])),
-            Section("memory", seen("low latency", memory, nodes))]
+            Section("memory", examine("low latency", memory, nodes))]
 
 
 def this_rank(hosts, nodes):
+    """The `Rank` that tells of this rank.  hosts: `host_identity` of each."""
     try:
         device = choose_device()
         name = choose_transport("auto", device, nodes.count).name
@@ -84,6 +85,7 @@ def kinds(name, hosts, nodes):
 
 
 def describe(rank, told, nodes):
+    """told: the `Rank` of a rank."""
     found = f"host {told.host}, node {nodes.of[rank]}, "
     found += "no transport" if told.wrong else f"{told.device}, transport {told.transport}"
     return Finding(f"rank {rank}", found, told.wrong)

@@ -27,7 +27,7 @@ def write(sections):
         if section.findings:
             print(section.title, *(lines(f) for f in section.findings), sep="\n", end="\n\n")
     findings = [finding for section in sections for finding in section.findings]
-    for title, optional in (("to be fixed", False), ("could be had", True)):
+    for title, optional in (("to be fixed", False), ("optional", True)):
         todo = list(dict.fromkeys((f.what, f.fix) for f in findings if f.fix and f.optional == optional))
         if todo:                                                 # not wrapped: lines to be copied
             print(title, *(f"  {what:<{NAMES}}  {fix}" for what, fix in todo), sep="\n", end="\n\n")

@@ -9,11 +9,10 @@ from ..channels import mscclpp_package
 from ..choices import choose_device
 from ..errors import EPTransportError
 from ..version import __version__
-from .finding import Finding, Section, seen
+from .finding import Finding, Section, examine
 
 VARIABLES = "PYEP_", "MSCCLPP_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 DRIVER = "libcuda.so.1"
-LEVELS = "SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"
 
 
 class Group(NamedTuple):
@@ -38,9 +37,9 @@ GROUPS = (
 def look(comm):
     """The sections of this file."""
     environment = Section("environment", settings())             # before anything is imported that adds to it
-    installed = [found for group in GROUPS for found in seen(group.what, packages, group)]
-    return [Section("software", [*seen("pyep", pyep), *seen("engine", engine), *installed, *seen("MPI", mpi, comm),
-                                 *seen("MSCCL++", mscclpp)]),
+    installed = [found for group in GROUPS for found in examine(group.what, packages, group)]
+    return [Section("software", [*examine("pyep", pyep), *examine("engine", engine), *installed, *examine("MPI", mpi, comm),
+                                 *examine("MSCCL++", mscclpp)]),
             environment]
 
 
@@ -86,6 +85,7 @@ def has_driver():
 
 
 def gpus_wanted():
+    """Whether a Buffer should use GPUs here: there is a driver, and PYEP_DEVICE does not say cpu."""
     return has_driver() and os.environ.get("PYEP_DEVICE", "").lower() != "cpu"
 
 
@@ -93,16 +93,17 @@ def mpi(comm):
     """The MPI library and its thread level."""
     try:
         from mpi4py import MPI
+
+        from ..channels.host_ports import GET_MULTIPLE, thread_level
     except (ImportError, RuntimeError) as error:                 # RuntimeError: there is no MPI library
         return Finding("MPI", f"does not start: {error} (torch.distributed groups do without)",
                        "pip install 'pyep[mpi]', or install Open MPI or MPICH", optional=version_of("torch") is not None)
-    level = next(name for name in LEVELS if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
+    level = thread_level()
     name, version = MPI.get_vendor()
     found = f"{name} {'.'.join(map(str, version))}, thread level {level}, {comm.size} rank{'s' * (comm.size > 1)}"
     if level == "MULTIPLE":
         return Finding("MPI", found)
-    return Finding("MPI", f"{found} (ports of the CPU engine need MULTIPLE)",
-                   "leave mpi4py.rc.thread_level at \"multiple\", and take an MPI library that was built for it", optional=True)
+    return Finding("MPI", f"{found} (ports of the CPU engine need MULTIPLE)", GET_MULTIPLE, optional=True)
 
 
 def mscclpp():

@@ -16,7 +16,7 @@ from .basics import start
 from .lang import (add8, block_rank, clock_ns, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, st8, st8_release,
                    syncthreads, syncthreads_or, thread_rank, udiv)
 from .low_latency_boxes import count_slot, counts_for, is_port_peer
-from .low_latency_mail import consumed_here, tell_consumed
+from .low_latency_ship import consumed_here, tell_consumed
 
 # Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
 RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
@@ -36,7 +36,7 @@ COMBINE = 1 << 31                               # in the word that tells that an
 
 # What a wait waits for; pyep.low_latency puts them in words.
 (DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
- COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION, DISPATCH_PROXY, DISPATCH_MAIL, COMBINE_PROXY, COMBINE_MAIL) = range(1, 17)
+ COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION, DISPATCH_PROXY, DISPATCH_BOX, COMBINE_PROXY, COMBINE_BOX) = range(1, 17)
 
 
 def this_epoch(base, lag):

@@ -150,7 +150,7 @@ def tokens_of(watch, source, waited):
 
 
 def measure_waits(part, watch, wait_stats):
-    """Add up how long this rank waits for each source to begin; before anything else waits.  (For port peers: `wait_for_mail`.)"""
+    """Add up how long this rank waits for each source to begin; before anything else waits.  (For port peers: `wait_for_box`.)"""
     source = thread_rank()
     while wait_stats != 0 and part == 0 and source < RANKS:
         if is_port_peer(watch[0], source) == 0:

@@ -8,10 +8,10 @@ from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st8,
                    to_bf16, udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, COMBINE_PROXY, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
                           PER_LANE, RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
-from .low_latency_boxes import PIECE_BYTES, PIECE_HEAD, PORTS, is_port_peer, piece_for
-from .low_latency_mail import ship
+from .low_latency_boxes import PACKET_BYTES, PACKET_HEADER, PORTS, is_port_peer, packet_for
+from .low_latency_ship import ship
 from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
-from .low_latency_units import (claimed_for, first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units,
+from .low_latency_units import (first_packet, first_unit, list_unit, offset_of, reads_own_y, slices, source_of, token_of, units,
                                 wait_for_all)
 from .low_latency_unpack import unpack_combine
 
@@ -41,28 +41,28 @@ def copy_listed(values, rows, count, outputs, stride, offset):
         left -= 4
 
 
-def pack_outputs(watch, me, rows, count, unit, claims):
-    """Where listed outputs go for a port peer, one piece after another, in whose list k becomes the index of the piece.  The warp
-    that has the first slice writes their heads."""
-    first = piece_for(watch, source_of(unit, me), claimed_for(unit, me, claims))
+def pack_outputs(watch, me, rows, count, unit, packet_of):
+    """Where listed outputs go for a port peer, one packet after another: in the list, k becomes the packet's index among them.  The
+    warp that has the first slice writes the headers."""
+    first = packet_for(watch, source_of(unit, me), first_packet(unit, me, packet_of))
     i = lane()
     while i < count:
         if umod(unit, slices()) == 0:
-            st8(first + i * PIECE_BYTES, (token_of(unit) * TOPK + ld8_shared(rows + 16 * i + 8)) * ROW_BYTES)
+            st8(first + i * PACKET_BYTES, (token_of(unit) * TOPK + ld8_shared(rows + 16 * i + 8)) * ROW_BYTES)
         st8_shared(rows + 16 * i + 8, i)
         i += warp_size()
     syncwarp()
-    return first + PIECE_HEAD
+    return first + PACKET_HEADER
 
 
-def outputs_for(watch, me, half, rows, count, unit, claims):
+def outputs_for(watch, me, half, rows, count, unit, packet_of):
     """Where the outputs of a list go: the address for k = 0, and how far it is to the next."""
     if is_port_peer(watch[0], source_of(unit, me)):
-        return pack_outputs(watch, me, rows, count, unit, claims), PIECE_BYTES
+        return pack_outputs(watch, me, rows, count, unit, packet_of), PACKET_BYTES
     return peer(watch[0], source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES, ROW_BYTES
 
 
-def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, claims):
+def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, packet_of):
     """The output of every row this rank received, back to the slot of its (token, k) on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
@@ -75,7 +75,7 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, claims):
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        outputs, stride = outputs_for(watch, me, half, rows, count, unit, claims)
+        outputs, stride = outputs_for(watch, me, half, rows, count, unit, packet_of)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES:
@@ -130,14 +130,14 @@ def sum_outputs(part, parts, watch, me, half, y, topk_idx, topk_weights, selecte
 
 
 def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, wait_stats, row_of, sent,
-            claims, selected, out):
-    """The kernel.  y [L, R*M, H] bf16; row_of, sent, claims and selected as `dispatch` left them; out [T, H] bf16."""
+            packet_of, selected, out):
+    """The kernel.  y [L, R*M, H] bf16; row_of, sent, packet_of and selected as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if sender < SENDERS:
-            send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent, claims)
+            send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent, packet_of)
         if PORTS:
-            ship(watch, COMBINE_PROXY, me, lag, claims + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
+            ship(watch, COMBINE_PROXY, me, lag, packet_of + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)

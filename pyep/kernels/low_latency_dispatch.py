@@ -15,7 +15,7 @@ from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_PROXY, DISPATC
 from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
                                    read_counts, take_selections, take_token, wait_for_tokens)
 from .low_latency_boxes import CLAIMS, PORTS, claim_row
-from .low_latency_mail import ship
+from .low_latency_ship import ship
 from .low_latency_unpack import unpack_dispatch
 from .quantize import PIECES, block_amax, factor_of, first_piece, lanes_per_block, load_piece, scale_of, span
 
@@ -43,7 +43,7 @@ def list_destinations(addresses, watch, me, half, topk_idx, token):
     """One warp lists where a token goes, the next rank first: its slot (in a half) on every rank that owns an expert it selects.
     Returns how many.  A lane for each rank, whose address it loads before it knows whether the token goes there.
 
-    With port peers it must be called once for each token, after `begin`, since it writes heads of pieces.
+    With port peers it must be called once for each token, after `begin`, since it writes headers of packets.
     """
     count = 0
     ranks = RANKS - 1 if reads_own_x() else RANKS
@@ -287,7 +287,7 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_tokens, recv_stats, wait_stats,
-             recv_x, scales, recv_count, src_info, layout_range, recv_topk_idx, weight_of, row_of, sent, claims, selected):
+             recv_x, scales, recv_count, src_info, layout_range, recv_topk_idx, weight_of, row_of, sent, packet_of, selected):
     """The kernel.  Arrays as in `Buffer.low_latency_dispatch` (0 where there is none), and for combine:
 
     row_of         [R, M, K] int64: the row of recv_x (over all local experts) that a source's selection got, or -1; in the
@@ -295,8 +295,8 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
     weight_of      [R, M, K] fp32: the weight of a source's selection, where row_of has a row; in the rank-major layout the
                    caller's recv_topk_weights
     sent           [R] int64: how many tokens each source has; in the rank-major layout, how many came here
-    claims         [R, M + 1] int64, of sources that are port peers, unless rank-major: where in the box that goes back the pieces
-                   made of a token begin; behind the tokens, how many pieces there are
+    packet_of      [R, M + 1] int64, of sources that are port peers, unless rank-major: in the box that combine sends back, the
+                   index of the first packet for a source's token; at M, how many packets that box has
     selected       [M, K] int64: the experts of this rank's own selections, or -1
     """
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
@@ -314,7 +314,7 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
         if receiver >= 0:
             measure_waits(receiver, watch, wait_stats)
             if PORTS:
-                unpack_dispatch(receiver, RECEIVERS, watch, me, half, claims, wait_stats)
+                unpack_dispatch(receiver, RECEIVERS, watch, me, half, packet_of, wait_stats)
             receive_rows(receiver, RECEIVERS, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of,
                          sent, weight_of, recv_topk_idx, recv_stats)
     end_epoch(base, watch[2])

@@ -10,10 +10,10 @@ from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, s
                    udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, COMBINE_PROXY, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS,
                           RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
-from .low_latency_boxes import PIECE_HEAD, PORTS, is_port_peer, piece_for
-from .low_latency_mail import ship
+from .low_latency_boxes import PACKET_HEADER, PORTS, is_port_peer, packet_for
+from .low_latency_ship import ship
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
-from .low_latency_units import (claimed_for, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
+from .low_latency_units import (first_packet, first_unit, list_rows, list_unit, offset_of, reads_own_y, slices, source_of, token_of,
                                 tokens_here, travels, units, wait_for_all)
 from .low_latency_unpack import unpack_combine
 
@@ -28,18 +28,18 @@ def rows_bytes():
 # ---- send ------------------------------------------------------------------------------------------------------------
 
 def partial_for(watch, me, half, unit, token, i, exists):
-    """Where the partial of a token goes; i: the index of its piece, if it goes to a port peer.  The warp that has the first slice
-    writes the piece's head, if there is a partial at all."""
+    """Where the partial of a token goes; i: the index of its packet, if it goes to a port peer.  The warp that has the first
+    slice writes the packet's header, if there is a partial at all."""
     source, slot = source_of(unit, me), (me * MAX_TOKENS + token) * ROW_BYTES
     if is_port_peer(watch[0], source):
-        piece = piece_for(watch, source, i)
+        packet = packet_for(watch, source, i)
         if exists and umod(unit, slices()) == 0 and lane() == 0:
-            st8(piece, slot)
-        return piece + PIECE_HEAD
+            st8(packet, slot)
+        return packet + PACKET_HEADER
     return peer(watch[0], source) + half + slot
 
 
-def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent, claims):
+def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent, packet_of):
     """The partial of every token that has rows here, to slot [me][token] on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
@@ -52,7 +52,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent,
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
-        slot = partial_for(watch, me, half, unit, token_of(unit), claimed_for(unit, me, claims), count > 0)
+        slot = partial_for(watch, me, half, unit, token_of(unit), first_packet(unit, me, packet_of), count > 0)
         for piece in range(PER_LANE):
             offset = offset_of(unit, piece)
             if offset < ROW_BYTES and count > 0:
@@ -137,20 +137,20 @@ def receive_partials(part, parts, watch, me, half, y, row_of, weight_of, selecte
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
-def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stats, row_of, weight_of, src_info, sent, claims,
+def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stats, row_of, weight_of, src_info, sent, packet_of,
                     selected, out):
-    """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, claims and selected
-    as `dispatch` left them; out [T, H] bf16."""
+    """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, packet_of and
+    selected as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
     if SENDERS > 0:
         if RANK_MAJOR and sender < SENDERS:
             send_rows(sender, SENDERS, watch, me, lag, half, y, src_info, sent)
         elif sender < SENDERS:
-            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent, claims)
+            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent, packet_of)
         if PORTS and RANK_MAJOR:
             ship(watch, COMBINE_PROXY, me, lag, sent, 8)
         elif PORTS:
-            ship(watch, COMBINE_PROXY, me, lag, claims + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
+            ship(watch, COMBINE_PROXY, me, lag, packet_of + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:
         if receiver >= 0:
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)

@@ -71,9 +71,9 @@ def travels(unit, me, tokens):
     return unit < units() and token_of(unit) < tokens and (source_of(unit, me) != me or not reads_own_y())
 
 
-def claimed_for(unit, me, claims):
-    """In sending to a port peer: the index of the first piece of what goes back for a unit's token, see `claim_row`."""
-    return ld8_nc(claims + 8 * (source_of(unit, me) * (MAX_TOKENS + 1) + token_of(unit))) if PORTS else 0
+def first_packet(unit, me, packet_of):
+    """In sending to a port peer: the index in its box of the first packet for a unit's token, see `claim_row`."""
+    return ld8_nc(packet_of + 8 * (source_of(unit, me) * (MAX_TOKENS + 1) + token_of(unit))) if PORTS else 0
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------

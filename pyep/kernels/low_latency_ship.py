@@ -1,40 +1,41 @@
 """Low latency between port peers: how boxes travel.
 
 The last block of a launch that is done with packing *ships*: to each port peer one put of all that its box holds, and behind it
-on the same channel, so that it comes later, a *record* of two words to its `consumed` slot for this rank: the epoch that was read
-here to the end, which `begin` tells other ranks directly, and the epoch of the box.
+on the same channel, so that it comes later, a put of a *flag*: two words for the peer's `consumed` slot of this rank.  The first is
+the epoch that this rank has consumed, which `begin` stores to mapped peers; the second is the epoch of the box: it has come.
 
-What is put must stay as it is until the proxy has read it.  An outbox, and the record behind it, is written again two operations
-later, after `begin`: the peer has then read the box to the end, so it has come, so it was read here.
+What is put must not change until the proxy has read it.  An outbox and its flag are written again two operations later, after
+`begin`: by then the peer has consumed the box, so the proxy has long read it.
 """
 from ..channels.memory import previous_epoch, reached, wait_epoch
 from ..channels.port import put, put_with_signal
 from .basics import after
 from .lang import (add8, clock_ns, fetch_add8, ld8, ld8_acquire, ld8_constant, ld8_relaxed, num_blocks, num_threads, st8,
                    syncthreads, syncthreads_or, thread_rank)
-from .low_latency_boxes import (BOX_PIECES, CLAIMED, CLAIMS, FINGERPRINT, PIECE_BYTES, PORTS, RANKS, UNORDERED, box_entry,
+from .low_latency_boxes import (BOX_PACKETS, CLAIMED, CLAIMS, FINGERPRINT, PACKET_BYTES, PORTS, RANKS, UNORDERED, box_entry,
                                 is_port_peer)
 from .op import rare
 
 # Template parameters, as in `low_latency`.
-PORT_HANDLES = CONSUMED = LINE = PACKED = TOLD = RECORDS = FAILED = 0            # offsets of control words; bytes
+PORT_HANDLES = CONSUMED = LINE = PACKED = TOLD = FLAGS = FAILED = 0            # offsets of control words; bytes
 SHAPE = 0                                       # the fingerprint of the shape
 
 
 def consumed_here(epoch, lag):
-    """The latest operation whose data this rank has read to the end when it begins this one; `lag`: see `begin`."""
+    """The epoch that this rank has consumed when it begins operation `epoch`: that of the latest one read to the end.  `lag`: see
+    `begin`."""
     before = previous_epoch(epoch)
     return previous_epoch(before) if lag > 0 else before
 
 
-def record_of(watch, rank):
-    """Where the record for a port peer is staged, and behind it the word of `tell_consumed`."""
+def flag_of(watch, rank):
+    """The address at which the flag for a port peer is staged: two words, and behind them the word of `tell_consumed`."""
     base, _, epoch = watch
-    return base + RECORDS + 32 * ((epoch & 1) * RANKS + rank)
+    return base + FLAGS + 32 * ((epoch & 1) * RANKS + rank)
 
 
 def put_to(watch, wait, rank, dst, src, nbytes):
-    """Put bytes from an address of this rank's memory to an offset in a port peer's, before whatever is put there later."""
+    """Put bytes from the address `src` to the offset `dst` of a port peer's memory; they are visible there before later puts."""
     base, _, _ = watch
     port = ld8_constant(base + PORT_HANDLES + 8 * rank)
     if PORTS == UNORDERED:
@@ -45,19 +46,19 @@ def put_to(watch, wait, rank, dst, src, nbytes):
 
 @rare
 def tell_consumed(watch, wait, me, rank, consumed):
-    """Tell a port peer what is consumed here, if it waits for more than it was told.
+    """Put the epoch consumed here to a port peer, if the latest flag has told it too little: else all ranks may deadlock.
 
-    It waits for n - 2 in operation n.  The record of operation n - 1 has told it n - 2, but only n - 3 if a hook was still to be
-    called then (`lag`).  If all ranks used hooks like that, each would wait in `begin` for a record that the others ship after it.
-    So each first tells here what it has consumed meanwhile, and nobody waits for more than that others have begun the operation.
+    To begin operation n, a rank waits until its peers have consumed n - 2.  Normally the flag of n - 1 has told that; but only
+    n - 3 if a hook was still to be called when n - 1 was sent (`lag`).  If that is so on all ranks, each waits in `begin` for the
+    next flag, which the others ship only after `begin`.  So each first tells here what it has consumed meanwhile.
 
-    The word was staged for the last time two operations ago.  This rank has received that operation since, from a peer that had
-    begun it, hence had been told.
+    The word may be staged anew: the last time was two operations ago, which this rank has received since.  The peer had begun that
+    operation, so the word had reached it.
     """
     base, _, epoch = watch
     told = base + TOLD + 8 * rank
     if not reached(ld8(told), previous_epoch(previous_epoch(epoch))):
-        staged = record_of(watch, rank) + 16
+        staged = flag_of(watch, rank) + 16
         st8(staged, consumed)
         st8(told, consumed)
         put_to(watch, wait, rank, CONSUMED + LINE * me, staged, 8)
@@ -66,7 +67,8 @@ def tell_consumed(watch, wait, me, rank, consumed):
 # ---- send ------------------------------------------------------------------------------------------------------------
 
 def is_last(base):
-    """Whether this block is the last one to call: then what all of them stored is visible to it, and to whom it tells of it."""
+    """Whether this block is the last of the launch to call: then what all blocks stored before is visible to it, and to whatever
+    it signals."""
     syncthreads()
     last = 0
     if thread_rank() == 0 and fetch_add8(base + PACKED, 1) == num_blocks() - 1:
@@ -76,24 +78,25 @@ def is_last(base):
 
 
 def ship_box(watch, wait, me, rank, claimed, consumed):
-    """Ship the box for a port peer, then the record.  claimed: how many pieces it has, and in a dispatch the selections."""
+    """Put the box for a port peer, then its flag.  claimed: packets in the box | in a dispatch, the selections they serve << 32."""
     base, _, epoch = watch
     here, _, there = box_entry(watch, rank)
     st8(base + here + CLAIMED, claimed)
     st8(base + here + FINGERPRINT, SHAPE)
-    put_to(watch, wait, rank, there, base + here, BOX_PIECES + (claimed & 0xFFFFFFFF) * PIECE_BYTES)
-    record = record_of(watch, rank)
-    st8(record, consumed)
-    st8(record + 8, epoch)
+    put_to(watch, wait, rank, there, base + here, BOX_PACKETS + (claimed & 0xFFFFFFFF) * PACKET_BYTES)
+    flag = flag_of(watch, rank)
+    st8(flag, consumed)
+    st8(flag + 8, epoch)
     st8(base + TOLD + 8 * rank, consumed)
-    put_to(watch, wait, rank, CONSUMED + LINE * me, record, 16)
+    put_to(watch, wait, rank, CONSUMED + LINE * me, flag, 16)
 
 
 def ship(watch, wait, me, lag, claimed, stride):
-    """Every block of a launch that sends calls this when it has packed all its pieces; the last one ships all boxes, the next
-    rank's first.  claimed: address of what `ship_box` asks for, for rank 0; `stride` bytes on, for the next.
+    """Every block of a launch that sends calls this when it has packed all its packets; the last one ships all boxes, the next
+    rank's first.
 
-    Not after an error: a block that gave up has not packed its part.
+    claimed: address of the word that `ship_box` wants for rank 0; that for rank r is r * stride bytes on.  After an error nothing
+    is shipped: a block that gave up has not packed its part.
     """
     base, _, epoch = watch
     if is_last(base) != 0:
@@ -109,11 +112,11 @@ def ship(watch, wait, me, lag, claimed, stride):
 
 # ---- receive ---------------------------------------------------------------------------------------------------------
 
-def wait_for_mail(part, watch, wait, source, waited):
+def wait_for_box(part, watch, wait, source, waited):
     """The block waits until the box of a port peer has come, and may then read it: 1, or 0 if it never came.
 
-    A peer that is one operation ahead may have sent its next box too.  waited: 0, or [R] int64 to which the first block adds the
-    wait's ns.
+    A peer that is one operation ahead may have sent its next box too, hence `reached` and not equality.  waited: 0, or the address
+    of [R] int64 to which the first block adds the nanoseconds waited.
     """
     base, _, epoch = watch
     missing = 0
