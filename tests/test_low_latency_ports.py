@@ -18,7 +18,7 @@ from engine import make_buffer, on_gpu, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults import BAD, LOCAL, SLACK, TIMEOUT, H, K, M, a_round, case_of, give_up, suffer, suffer_together, warm_buffer
-from test_low_latency import BY_RANK, EXAMPLES, OTHER_SHAPES, PLAIN, SHAPES, cases, fused_rounds, name_of, wide_rounds
+from test_low_latency import BY_RANK, EXAMPLES, OTHER_SHAPES, PLAIN, REDUCED, SHAPES, cases, fused_rounds, name_of, wide_rounds
 
 from pyep import EPError, EPTransportError
 from pyep.channels import host_ports
@@ -112,9 +112,11 @@ def test_a_wide_shape():
     ranks.run(3, between_nodes, 2, wide_rounds, "2,8,4", *BY_RANK)
 
 
-def test_fused_launches():
+@pytest.mark.parametrize("n, per_node, mode", [pytest.param(2, 1, PLAIN, id="direct"), pytest.param(3, 2, REDUCED, id="reduced"),
+                                               pytest.param(3, 2, BY_RANK, id="rank-major")])
+def test_fused_launches(n, per_node, mode):
     """Both halves in one launch, as on a GPU: blocks that pack while others unpack."""
-    ranks.run(2, between_nodes, 1, fused_rounds, "3,8,4", *PLAIN)
+    ranks.run(n, between_nodes, per_node, fused_rounds, "3,8,4", *mode)
 
 
 @pytest.mark.parametrize("epoch", [LAST_EPOCH - 9, LAST_EPOCH - 8, 2**31 - 9])

@@ -147,7 +147,7 @@ class Objects:
     """All of MSCCL++ that a transport holds, made and dropped in the order that MSCCL++ needs.
 
     bootstrap: MSCCL++'s, until all is connected.  mapped: `Links` to mapped peers, and their `channels`.  served: `Links` to the
-    port peers of each proxy, by its number, and the `proxies`.
+    port peers of each proxy, by its number, and the `proxies`.  gpu: the one that all of it is on.
     """
 
     def __init__(self, gpu):
