@@ -11,8 +11,6 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from types import FunctionType
 from typing import NamedTuple
 
@@ -121,36 +119,11 @@ class Code(NamedTuple):
     cubin: bytes
 
 
-def compile_now(fn, threads, constants):
+@functools.cache
+def compiled(fn, threads, constants=()):
     text = cuda.ptx(fn, threads, **dict(constants))
     cubin, log = cuda.link(text)
     return Code(text, log, cubin)
-
-
-AHEAD = {}                                      # what other processes compile: a future by the arguments of `compiled`
-
-
-@functools.cache
-def compiled(fn, threads, constants=()):
-    ahead = AHEAD.get((fn, threads, constants))
-    return ahead.result() if ahead else compile_now(fn, threads, constants)
-
-
-def to_compile(launch):
-    """The arguments of `compiled` for a launch."""
-    return launch.fn, launch.threads, tuple(sorted(launch.constants.items()))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_ahead(request):
-    """Compile all kernels of the chosen tests of a module on all cores: each takes a core many seconds."""
-    chosen = [value for item in request.session.items if item.module is request.module and hasattr(item, "callspec")
-              for value in item.callspec.params.values()]
-    kernels = dict.fromkeys(to_compile(getattr(value, "launch", value)) for value in chosen if isinstance(value, (Case, Launch)))
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:        # it starts processes only for work
-        AHEAD.update((kernel, pool.submit(compile_now, *kernel)) for kernel in kernels)
-        yield
-        pool.shutdown(cancel_futures=True)
 
 
 class Case(NamedTuple):
@@ -186,7 +159,7 @@ class Case(NamedTuple):
 
     @property
     def code(self):
-        return compiled(*to_compile(self.launch))
+        return compiled(self.launch.fn, self.launch.threads, tuple(sorted(self.launch.constants.items())))
 
     @property
     def sass(self):

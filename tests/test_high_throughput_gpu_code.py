@@ -6,8 +6,8 @@ import pytest
 pytest.importorskip("cuda.core")
 pytest.importorskip("numba_cuda")
 
-from test_gpu_code import (GENERIC, GLOBAL, KNOWN, LEAVING, LOCAL, Gpu, compile_ahead, compiled,  # noqa: E402, F401
-                           memory_instructions, sass, stretches, to_compile, under_way, used)
+from test_gpu_code import (GENERIC, GLOBAL, KNOWN, LEAVING, LOCAL, Gpu, compiled, memory_instructions, sass,  # noqa: E402
+                           stretches, under_way, used)
 
 from pyep.high_throughput import COMBINE, DISPATCH, Kernels, Shape  # noqa: E402
 
@@ -47,7 +47,7 @@ def launches(*names):
 
 
 def code_of(launch):
-    return compiled(*to_compile(launch))
+    return compiled(launch.fn, launch.threads, tuple(sorted(launch.constants.items())))
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
