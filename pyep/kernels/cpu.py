@@ -9,7 +9,7 @@ from numba import int64, void
 
 from ..layout import MAX_BLOCKS
 from . import cache, llvm
-from .op import Cpu, bind, no_garbage_collection
+from .op import Cpu, bind
 
 
 def compile_kernel(fn, machine, constants, nogil=True):
@@ -20,7 +20,7 @@ def compile_kernel(fn, machine, constants, nogil=True):
     signature = void(*[int64] * len(inspect.signature(fn).parameters))
     saved, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
-        with cache.one_at_a_time(folder, name), no_garbage_collection():
+        with cache.one_at_a_time(folder, name):
             return numba.njit(signature, nogil=nogil, error_model="numpy", cache=True)(bound)
     finally:
         numba.config.CACHE_DIR = saved

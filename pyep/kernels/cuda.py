@@ -2,18 +2,21 @@
 
 `ptx` and `cubin` need no GPU.  Numba's own dispatcher is not used: it costs tens of microseconds a launch.
 """
+import contextlib
 import functools
 import inspect
 import math
 import os
 import re
+from types import SimpleNamespace
 
 from cuda.bindings import driver, runtime
 from cuda.core import Device, Event, LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, StreamOptions, launch
 from numba import cuda, types
+from numba.cuda import dispatcher
 
 from . import cache
-from .op import CUDA, bind, no_garbage_collection
+from .op import CUDA, bind
 
 SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a sixth those to more: a row is loaded once for all
 FILLING = 24                    # multiprocessors fill the link with a third of their warps
@@ -27,10 +30,22 @@ def resident_blocks(threads):
     return 2 if threads <= 512 else 1
 
 
+@contextlib.contextmanager
+def compiling_for(cc):
+    """Have Numba compile functions that a kernel calls for a GPU of compute capability `cc`.  It would ask the current GPU, and
+    there need not be one."""
+    ask = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = ask
+
+
 def ptx(fn, threads, cc=(9, 0), **constants):
     """PTX of a kernel for blocks of `threads`; its entry is named pyep_<function>."""
     signature = types.void(*[types.int64] * len(inspect.signature(fn).parameters))
-    with no_garbage_collection():
+    with compiling_for(cc):
         text, _ = cuda.compile_ptx(bind(fn, CUDA, **constants), signature, device=False, cc=cc,
                                    launch_bounds=(threads, resident_blocks(threads)))
     return text.replace(re.search(r"\.entry (\w+)", text)[1], "pyep_" + fn.__name__)

@@ -9,9 +9,7 @@ op has become
 
 Names in capitals that a kernel uses are its template parameters: `bind(kernel, machine, TOPK=8)` compiles them in.
 """
-import contextlib
 import functools
-import gc
 import inspect
 from types import FunctionType
 from typing import NamedTuple
@@ -170,11 +168,11 @@ def helper(fn, machine, constants):
     return HELPERS[name]
 
 
-def for_numba(bound, machine, rare=False):
+def for_numba(bound, machine, rare):
     """A function that Numba compiles into those that call it."""
     if machine == CUDA:
         from numba import cuda
-        return cuda.jit(device=True, inline="always")(bound)      # the only form that compiles without a driver
+        return cuda.jit(device=True, forceinline=True)(bound)     # by NVVM: with `inline` Numba would do it, ten times slower
     # Without wrappers, which only Python would call: they take a quarter of the time to compile.
     return numba.njit(error_model="numpy", forceinline=not rare, no_cpython_wrapper=True, no_cfunc_wrapper=True)(bound)
 
@@ -199,15 +197,3 @@ def bind(fn, machine, **constants):
         elif isinstance(value, FunctionType):
             names[name] = helper(value, machine, constants)
     return FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)
-
-
-@contextlib.contextmanager
-def no_garbage_collection():
-    """For the time of a compilation: Numba makes so many objects that looking for garbage among them takes up to 40% of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
