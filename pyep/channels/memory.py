@@ -19,7 +19,7 @@ STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memor
 ABSENT, ABSENT4 = -1, 0xFFFFFFFF                # a word of 8 bytes, of 4 bytes, that has not come
 LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and start over: neither 0 nor 0xffffffff is one
 HOST_WORDS = 16 + 2047                          # that kernels write for the host beside RECORD; 2047: layout.MAX_LOCAL_EXPERTS
-LONG_NS = 50_000                                # after so long a wait, latency no longer matters: `patience` pauses
+LONG_NS = 50_000                                # how long a thread waits before it sleeps between looks (on the CPU)
 RECORD = ("state", "wait", "peer", "offset", "expected", "seen", "epoch")      # the words of the status block
 
 
