@@ -383,8 +383,8 @@ def polls_per_look():
 def pause(long):
     """A waiting thread leaves the core to others: on the CPU for a turn, or, if it has waited `long`, for 50 us.
 
-    Nobody may wait by turns alone: under Linux 6.18 threads that keep giving up their turns can starve others for minutes (each
-    time puts the thread a whole time slice back, and the sums of these outgrow the scheduler's 64 bits).
+    Nobody may wait by turns alone: since Linux 6.18 each of them puts a thread a whole time slice back, and threads that keep giving
+    up their turns were seen to starve others of their process for half a minute.
     """
 
 
@@ -460,7 +460,7 @@ def _exchange():
 
 @op(void, (i64,), ptx="", cpu=llvm.meet)
 def _meet(barrier):
-    """CPU only: wait at a barrier for the others."""
+    """CPU only: wait at a barrier for the others, asleep."""
 
 
 @op(ptx="bar.sync 0;", collective=True)
