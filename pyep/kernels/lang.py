@@ -383,8 +383,8 @@ def polls_per_look():
 def pause(long):
     """A waiting thread leaves the core to others: on the CPU for a turn, or, if it has waited `long`, for 50 us.
 
-    Nobody may wait by turns alone: since Linux 6.18 each of them puts a thread a whole time slice back, and threads that keep giving
-    up their turns were seen to starve others of their process for half a minute.
+    Nobody may wait by turns alone: since Linux 6.18 each of them puts a thread a whole time slice back, and threads that keep
+    giving up their turns were seen to starve others of their process for half a minute.
     """
 
 
