@@ -71,14 +71,14 @@ def test_most_port_peers(node_of, most):
 def test_a_published_shape_by_hand():
     """M=128, H=7168, R=4, E=256, K=8, two nodes of two ranks."""
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch_box()] == [
-        ("header", 0, 536),                               # 3 + 64 words
+        ("header", 0, 536),                             # 3 + 64 words
         ("routes", 640, 8192),                          # 128 x 8 words
         ("places", 8832, 8192),
-        ("packets", 17_024, 1_837_056),                  # 128 x (16 + 14336)
+        ("packets", 17_024, 1_837_056),                 # 128 x (16 + 14336)
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine_box()] == [
         ("header", 0, 24),
-        ("packets", 128, 14_696_448),                    # 128 x 8 x (16 + 14336)
+        ("packets", 128, 14_696_448),                   # 128 x 8 x (16 + 14336)
     ]
     assert box_bytes(PUBLISHED.half_bytes) == 22_037_120         # 3/2 x 14680064 + 2050 words + 4 lines, up to a line
     assert [(r.name, r.offset, r.nbytes) for r in boxes(1000 * LINE, 2, PUBLISHED.half_bytes)] == [

@@ -14,7 +14,7 @@ from .lang import fetch_add8_relaxed, ld8_constant, st8
 PORTS = 0                                       # 1: there are port peers; UNORDERED: and puts to them may overtake each other
 RANKS = MAX_TOKENS = TOPK = COUNTS = COUNTS_STRIDE = PLACES = ROWS = WIRE_BYTES = ROW_BYTES = 0
 BOXES = CLAIMS = 0                              # offsets of control words
-BOX_ROUTES = BOX_PLACES = BOX_PACKETS = 0        # offsets in a box of this operation
+BOX_ROUTES = BOX_PLACES = BOX_PACKETS = 0       # offsets in a box of this operation
 PACKET_BYTES = 0                                # of a packet, its header included
 
 UNORDERED = 2
