@@ -29,12 +29,12 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed,
                                st8_release, st8_shared, st16, st16_relaxed, st16_release, swap8_if, syncthreads, syncthreads_or,
                                syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
-from pyep.kernels.op import Cpu, Op, bind
+from pyep.kernels.op import CUDA, Cpu, Op, bind, op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
 pytestmark = pytest.mark.timeout(120, method="thread")
 
-OPS = {name: op for name, op in vars(lang).items() if isinstance(op, Op)}
+OPS = {name: value for name, value in vars(lang).items() if isinstance(value, Op)}
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 FAR = 2**55                                         # from any memory: no CPU and no GPU has addresses that high
 PATIENCE = 20 * 10**9                               # ns after which a waiting kernel of this file gives up
@@ -1038,6 +1038,47 @@ def test_cache_keys():
     keys = [key(), key(who), key(machine=Cpu(8, 4)), key(machine=Cpu(8, 8)), key(VALUE=1), key(VALUE=2), key(OTHER=1)]
     assert len(set(keys)) == len(keys)
     assert all(k.isidentifier() for k in keys)
+
+
+def adder(n, m=0):
+    def add(x, step=m):
+        return x + n + step
+    return add
+
+
+add_1, add_2, add_1_and_1, add_1_again = adder(1), adder(2), adder(1, 1), adder(1)
+SCALE = 3
+
+
+def scaled(x):
+    return x * SCALE
+
+
+def two_adders(out):
+    """Its helpers have the same code and the same name."""
+    st8(out, add_1(10))
+    st8(out + 8, add_2(10))
+
+
+def test_cache_keys_see_what_functions_refer_to(monkeypatch):
+    """What a helper has captured, its defaults, and the plain values that it reads from its module."""
+    keys = [cache.key(fn, Cpu(1, 1), {}) for fn in (add_1, add_2, add_1_and_1, scaled)]
+    assert len(set(keys)) == len(keys) and cache.key(add_1_again, Cpu(1, 1), {}) == keys[0]
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 4)
+    assert cache.key(scaled, Cpu(1, 1), {}) != keys[-1]
+
+
+def test_cache_keys_see_how_ops_are_declared():
+    def key(**options):
+        fence = op(**options)(adder)
+        return cache.key(lambda: fence(), CUDA, {})
+    assert len({key(ptx="membar.sys;"), key(ptx="membar.gl;"), key(ptx="membar.gl;", pure=True)}) == 3
+
+
+def test_helpers_of_one_factory_are_kept_apart():
+    out = memory(2)
+    CpuKernel(two_adders, 1, Cpu(1, 1), 0, {}).launch(0, out.ctypes.data)
+    assert out.tolist() == [11, 12]
 
 
 def test_cache_directory(tmp_path, monkeypatch):

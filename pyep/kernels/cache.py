@@ -8,7 +8,10 @@ import marshal
 import os
 import pathlib
 import platform
+from numbers import Number
 from types import FunctionType
+
+PLAIN = Number, str, bytes, type(None)
 
 
 def directory(machine):
@@ -32,21 +35,30 @@ def _sources():
     return digest.digest()
 
 
-def _code(fn, seen):
-    """The code of a function and of the plain functions that it calls, as bytes: kernels may live outside of pyep too.
+def _meaning(value, seen):
+    """What a value that a kernel refers to contributes to its machine code, as bytes: the code of functions and whatever they refer
+    to in turn, since kernels may live outside of pyep too; the declarations of ops; plain values; nothing of modules and the like.
 
-    In marshal's version 2: later ones write how often an object is referred to, which differs between processes.
+    Code in marshal's version 2: later ones write how often an object is referred to, which differs between processes.
     """
-    if fn in seen:
-        return b""
-    seen.add(fn)
-    called = (fn.__globals__.get(name) for name in fn.__code__.co_names)
-    return marshal.dumps(fn.__code__, 2) + b"".join(_code(f, seen) for f in called if isinstance(f, FunctionType))
+    if isinstance(value, FunctionType):
+        if value in seen:
+            return b""
+        seen.add(value)
+        code, names = value.__code__, value.__globals__
+        captured = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        used = tuple(names[name] for name in code.co_names if name in names)
+        return marshal.dumps(code, 2) + _meaning((value.__defaults__, captured, used), seen)
+    if isinstance(value, tuple):
+        return b"(%s)" % b",".join(_meaning(item, seen) for item in value)
+    if hasattr(value, "declaration"):                            # an op
+        return _meaning(value.declaration, seen)
+    return repr(value).encode() if isinstance(value, PLAIN) else b""
 
 
 def key(fn, machine, constants):
     """The name of a compiled kernel: it changes with whatever the machine code depends on."""
-    digest = hashlib.sha256(_sources() + _code(fn, set()))
+    digest = hashlib.sha256(_sources() + _meaning(fn, set()))
     digest.update(repr((fn.__module__, fn.__qualname__, machine, sorted(constants.items()))).encode())
     return f"{fn.__name__}_{digest.hexdigest()[:24]}"
 

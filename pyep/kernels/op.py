@@ -72,6 +72,7 @@ class Op:
     def __init__(self, fn, ret, args, ptx, cpu, pure, collective):
         functools.update_wrapper(self, fn)
         self.fn, self.ret, self.args, self.ptx, self.cpu, self.pure, self.collective = fn, ret, args, ptx, cpu, pure, collective
+        self.declaration = fn, ptx, cpu, pure, collective        # what its code depends on, see `cache.key`
 
     def __call__(self, *args):
         raise TypeError(f"{self.__name__} is an op of the kernel language: it runs in a kernel, see pyep.kernels.op.bind")
