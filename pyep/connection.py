@@ -46,6 +46,8 @@ class Connection:
         *_, last = layout.boxes(self.boxes, layout.most_port_peers(self.nodes.of), self.half_bytes)
         make = choose_transport(transport, device, self.nodes.count)
         self.transport = make(self._bootstrap, self.nodes, last.end, timeout_s, num_qps_per_rank)
+        if self.transport.copies_by_kernels:
+            self.engine.leave_room()
         self.heap = Heap(heap, num_nvl_bytes, self.transport.memory)
         try:
             self.write_control()

@@ -4,7 +4,6 @@ import gc
 import numpy as np
 import pytest
 import ranks
-from conftest import gpus
 from engine import choose_gpu, down, on_gpu
 
 from pyep import EPTimeoutError
@@ -24,15 +23,12 @@ WAITS = {ROOM: "room for a trigger", SIGNALLED: "a signal", FLUSHED: "a flush", 
 SENT, COME = 1 << 10, 1 << 21                                   # where a rank has what it sends, and what comes; below, counts
 NBYTES = 1 << 22
 
-pytestmark = [pytest.mark.multi_gpu] if on_gpu() else []
 
-
-def need_gpus(n):
-    """On GPUs this needs MSCCL++, and a GPU for each rank: copies between ranks that share one find no room beside the kernels."""
+@pytest.fixture(autouse=True)
+def need_mscclpp():
+    """On GPUs."""
     if on_gpu():
         pytest.importorskip("mscclpp")
-        if gpus() < n:
-            pytest.skip(f"needs {n} GPUs, there are {gpus()}")
 
 
 def open_channels(comm, per_node, **options):
@@ -174,7 +170,6 @@ def exchange(comm, per_node, name, shape="1,4,2"):
                                                (4, 2, "record"), (4, 2, "memory")])
 def test_exchange(n, per_node, name):
     """Ranks on nodes of one, of two and all on one: what a kernel puts comes, whole, and before what says so."""
-    need_gpus(n)
     for wrong in ranks.run(n, exchange, per_node, name):
         assert not any(wrong), wrong
 
@@ -194,7 +189,6 @@ def exchange_with_all(comm, proxies, per_peer):
 
 @pytest.mark.parametrize("n, proxies, per_peer", [(2, 2, 2), (4, 1, 1), (4, 2, 1), (4, 3, 2)])
 def test_several_proxies(n, proxies, per_peer):
-    need_gpus(n)
     for wrong in ranks.run(n, exchange_with_all, proxies, per_peer):
         assert len(wrong) == (n - 1) * per_peer and not any(wrong), wrong
 
@@ -210,7 +204,6 @@ def overfill(comm):
 
 
 def test_a_small_fifo():
-    need_gpus(2)
     assert ranks.run(2, overfill) == [0, 0]
 
 
@@ -224,7 +217,6 @@ def give_up(comm):
 
 
 def test_what_an_error_says_of_the_proxy():
-    need_gpus(2)
     for rank, text in enumerate(ranks.run(2, give_up)):
         peer, pushed = 1 - rank, 256 if on_gpu() else 1          # by each thread
         assert text.startswith(f"rank {rank} waited 2 s for rank {peer}: a signal; expected ") and text.endswith(
@@ -257,6 +249,5 @@ def end_in_every_way(comm):
 
 def test_ends():
     """After `close`, after an exception, of channels that nobody closes, and at exit: no process aborts."""
-    need_gpus(2)
     done = ranks.launch(2, end_in_every_way)
     assert done.results == [None, None] and done.returncode == 0 and "terminate" not in done.stderr, done

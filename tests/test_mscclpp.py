@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import ranks
-from conftest import gpus
 from engine import make_buffer
 from test_low_latency import name_of, pairs, rounds
 
@@ -271,12 +270,10 @@ def rounds_over(comm, per_node, pair):
 CHANNELS = {"MemoryChannels": ((2, 2), (4, 4)), "PortChannels": ((2, 1), (4, 1)), "both": ((3, 2), (4, 2))}
 
 
-@pytest.mark.multi_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("n, per_node, pair", [
     pytest.param(n, per_node, pair, id=f"{kind}-{n}-{pair[0][1]}-{name_of(pair[1])}")
     for kind, tried in CHANNELS.items() for n, per_node in tried for pair in pairs(n)])
 def test_low_latency(n, per_node, pair):
     pytest.importorskip("mscclpp")
-    if gpus() < n:                                               # copies between ranks of one GPU find no room beside the kernels
-        pytest.skip(f"needs {n} GPUs, there are {gpus()}")
     ranks.run(n, rounds_over, per_node, pair)

@@ -85,6 +85,7 @@ class MscclppTransport(GpuTransport):
         self._together("making channels", self._objects.make_channels, api, fifo_size(len(by_ports)))
         self._write_table(table)
         self.orders_puts = "ib" not in kinds
+        self.copies_by_kernels = any(kind == "ipc" and buses[r] == buses[me] for r, kind in enumerate(kinds))
         self._together("starting proxies", self._objects.start)
 
     def _link(self, api, mapped, served):

@@ -25,13 +25,14 @@ class Transport:
     ports: address of the PortChannel handle for each port peer, else 0; there are `channels_per_peer(queue_pairs)`, one after
         another.  Handles are those of `pyep.channels.handles`, in memory that kernels read.
     orders_puts: whether a put is visible to a port peer before later puts of its channel.  Before later signals it always is.
+    copies_by_kernels: whether a port peer's rank shares this GPU: puts to it are then kernels, which need room beside pyep's.
     memory: an object that keeps this rank's memory while it is referred to, also beyond `close`, for arrays that lie in it.
     status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
     answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
     """
 
     name = ""
-    orders_puts = True
+    orders_puts, copies_by_kernels = True, False
 
     def fill(self, offset, nbytes, value):
         """Set bytes of the own memory to `value` and wait until it is done."""

@@ -34,6 +34,9 @@ GROUPS = (
 )
 
 
+LIBRARIES = {"nvidia-nvvm": "nvvm", "nvidia-cuda-nvrtc": "nvrtc", "nvidia-nvjitlink": "nvJitLink"}        # a CUDA toolkit has them too
+
+
 def look(comm):
     """The sections of this file."""
     environment = Section("environment", settings())             # before anything is imported that adds to it
@@ -57,7 +60,7 @@ def engine():
 
 def packages(group):
     """The versions of a group of packages."""
-    versions = {name: version_of(name) for name in group.names}
+    versions = {name: version_of(name) or library_of(name) for name in group.names}
     missing = [name for name, version in versions.items() if version is None]
     found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     if not missing:
@@ -72,6 +75,15 @@ def version_of(name):
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def library_of(name):
+    """Where the library of a package is, if a CUDA toolkit has brought it instead; else None."""
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+        return load_nvidia_dynamic_lib(LIBRARIES[name]).abs_path
+    except (ImportError, KeyError, RuntimeError):                # RuntimeError: it is nowhere
         return None
 
 

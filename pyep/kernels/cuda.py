@@ -22,6 +22,7 @@ SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a
 FILLING = 24                    # multiprocessors fill the link with a third of their warps
 REGISTERS = 65536               # of a multiprocessor
 LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
+ROOM = 4                        # multiprocessors that suffice for copies within a GPU
 
 
 def resident_blocks(threads):
@@ -112,6 +113,10 @@ class CudaEngine:
         _, _, highest = driver.cuCtxGetStreamPriorityRange()     # other ranks wait for what runs here
         self._comm_stream = device.create_stream(options=StreamOptions(priority=highest))
         self.comm_stream = int(self._comm_stream.handle)
+
+    def leave_room(self):
+        """Keep some multiprocessors free of all kernels, for copies that run while those wait for them."""
+        self.multiprocessors -= ROOM
 
     def threads_for_row(self, row_bytes):
         """Threads of a block that moves rows: one 16-byte vector each, as far as a block goes."""
