@@ -47,7 +47,8 @@ class Library:
         """Whether the current stream is being captured into a graph."""
         return False
 
-    def signature(self, array):
+    @staticmethod
+    def signature(array):
         """All of an array that checks look at but for its address and values; quick to make, to compare and to hash."""
         raise NotImplementedError
 
@@ -78,7 +79,8 @@ class _NumPy(Library):
     def empty(self, shape, dtype):
         return np.empty(shape, self.dtype_of(dtype))
 
-    def signature(self, array):
+    @staticmethod
+    def signature(array):
         return type(array), array.shape, array.dtype, array.flags.num
 
     def of_memory(self, memory):
@@ -102,7 +104,8 @@ class _CuPy(Library):
     def dtype_of(self, name):
         return super().dtype_of("uint8" if name == "float8_e4m3fn" else name)    # CuPy has no FP8: the bytes, for others to view
 
-    def signature(self, array):
+    @staticmethod
+    def signature(array):
         return type(array), array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id
 
     def stream(self):
@@ -136,7 +139,8 @@ class _Torch(Library):
     def empty(self, shape, dtype):
         return self.torch.empty(shape, dtype=self.dtype_of(dtype), device=self.engine)
 
-    def signature(self, array):
+    @staticmethod
+    def signature(array):
         return type(array), array.shape, array.dtype, array.is_contiguous(), array.device
 
     def stream(self):
@@ -155,9 +159,12 @@ class _Torch(Library):
         return self.torch.cuda.ExternalStream(stream, device=device)
 
 
+LIBRARIES = {"numpy": _NumPy, "cupy": _CuPy, "torch": _Torch}
+
+
 @functools.cache
 def _library(name, engine):
-    return {"numpy": _NumPy, "cupy": _CuPy, "torch": _Torch}[name](name, engine)
+    return LIBRARIES[name](name, engine)
 
 
 @functools.cache
@@ -227,7 +234,13 @@ def view(memory, dtype, shape, offset):
 
 def signature(array):
     """`Library.signature`, of anything: two arguments with the same one pass the same checks."""
-    return type(array) if _package(type(array)) is None else library_of(array, "").signature(array)
+    return _signature_of(type(array))(array)
+
+
+@functools.cache
+def _signature_of(kind):
+    package = _package(kind)
+    return type if package is None else LIBRARIES[package].signature
 
 
 def check(array, argument, library, dtypes, shape, writable=False):

@@ -62,14 +62,14 @@ class LowLatencyOperations:
         shape, library = call.shape, call.library
         if library.engine == "cpu":
             check_experts(topk_idx, shape.num_experts)
-        received, addresses = call.results.next()
+        (received, addresses), at, num_tokens = call.results.next(), call.at, x.shape[0]
         if out is not None:
-            received, addresses = received._replace(recv_x=out), (call.aligned(out, "out"), *addresses[1:])
-        args = (call.aligned(x, "x"), *call.addresses(topk_idx, topk_weights), len(x), *call.addresses(stats, waits), *addresses)
+            received, addresses = received._replace(recv_x=out), addresses._replace(recv_x=call.aligned(out, "out"))
+        args = call.aligned(x, "x"), at(topk_idx), at(topk_weights), num_tokens, at(stats), at(waits), *addresses
         event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
                                 async_finish, previous_event)
         call.results.dispatches += 1                             # only now: a call that was refused is no dispatch
-        handle = LowLatencyHandle(id(self), call.results.dispatches, received, shape, len(x))
+        handle = LowLatencyHandle(id(self), call.results.dispatches, received, addresses, shape, num_tokens)
         recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
         dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
         if shape.rank_major:
@@ -105,7 +105,7 @@ class LowLatencyOperations:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
         check_handle(handle, id(self))
-        shape, num_tokens, received, waits = handle.shape, handle.num_tokens, handle.received, combine_wait_recv_cost_stats
+        shape, num_tokens, known, waits = handle.shape, handle.num_tokens, handle.addresses, combine_wait_recv_cost_stats
         if shape.reduced:
             topk_idx = topk_weights = None
         call = self._prepared("combine", check_combine, (x, topk_idx, topk_weights, waits, out, handle[0]), (shape, num_tokens))
@@ -122,10 +122,10 @@ class LowLatencyOperations:
                 raise ValueError("out is None with async_finish=True and previous_event; expected an array: memory made here might "
                                  "still be in use on the current stream")
             out = library.empty((num_tokens, shape.hidden), "bfloat16")
-        selections = () if shape.reduced else call.addresses(topk_idx, topk_weights)
-        more = call.addresses(received.weight_of, received.src_info) if shape.reduced else ()
-        args = (x_at, *selections, num_tokens, *call.addresses(waits, received.row_of), *more,
-                *call.addresses(received.sent, received.packet_of, received.selected), call.aligned(out, "out"))
+        selections = () if shape.reduced else (call.at(topk_idx), call.at(topk_weights))
+        more = (known.weight_of, known.src_info) if shape.reduced else ()
+        args = (x_at, *selections, num_tokens, call.at(waits), known.row_of, *more, known.sent, known.packet_of, known.selected,
+                call.aligned(out, "out"))
         event, hook = self._run(COMBINE, call, args, (x, topk_idx, topk_weights, handle, out, waits), return_recv_hook,
                                 async_finish, previous_event)
         return out, event, hook
@@ -202,36 +202,29 @@ class LowLatencyOperations:
         return call
 
     def _run(self, operation, call, args, keep, return_recv_hook, async_finish, previous_event):
-        """Launch an operation, or its send half: (its event, a function that launches the receive half or None)."""
-        connection, library = self._connection, call.library
+        """Launch an operation, or its send half: (its event, what launches the receive half or None)."""
+        connection, library, receive = self._connection, call.library, None
         current = library.stream()
         stream = connection.streams.enter(current, async_finish, previous_event)
-        number, lag = self._in_flight.send()
         self._shapes[operation] = call.shape
-        common = connection.transport.base, connection.rank, connection.half_bytes, connection.timeout_ns
-
-        def launch(phase, stream, lag):
-            connection.launch(call.kernels[phase], stream, *common, lag, *args)
-
-        def hook():
-            connection.require_usable()
-            stream = connection.streams.enter(library.stream())
-            launch("receive", stream, self._in_flight.receive(number))
-
-        if return_recv_hook:
-            hook.arrays = keep                                   # they must live until the hook is called
-            launch("send", stream, lag)
-        elif "both" in call.kernels:
-            self._in_flight.receive(number)
-            launch("both", stream, lag)
+        if return_recv_hook or "both" not in call.kernels:
+            number, lag = self._in_flight.send()
+            self._launch(call.kernels["send"], stream, lag, args)
+            receive = ReceiveHook(self, call, number, args, keep)
+            if not return_recv_hook:
+                receive(stream)
         else:
-            launch("send", stream, lag)
-            launch("receive", stream, self._in_flight.receive(number))
+            self._launch(call.kernels["both"], stream, self._in_flight.send_and_receive(), args)
         recorded = connection.streams.record() if async_finish else None
         event = EventOverlap(recorded, keep if recorded else None, library, current, connection.check)
         if previous_event is not None:
             event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
-        return event, hook if return_recv_hook else None
+        return event, receive if return_recv_hook else None
+
+    def _launch(self, kernel, stream, lag, args):
+        connection = self._connection
+        connection.launch(kernel, stream, connection.transport.base, connection.rank, connection.half_bytes, connection.timeout_ns,
+                          lag, *args)
 
     def _ports(self):
         """0 if all ranks map each other's memory, else what PORTS is in the kernels."""
@@ -259,3 +252,20 @@ class LowLatencyOperations:
     def _forget(self):
         """Let go of all arrays and kernels."""
         self._calls, self._plans, self._results, self._combine_inputs = {}, {}, {}, {}
+
+
+class ReceiveHook:
+    """Launches the receive half of an operation, once."""
+
+    def __init__(self, operations, call, number, args, keep):
+        """number: the operation's, see `InFlight`.  args: of its kernels.  keep: the arrays that these address."""
+        self._operations, self._call, self._number, self._args, self._keep = operations, call, number, args, keep
+
+    def __call__(self, stream=None):
+        """stream: the current one if None."""
+        operations, connection = self._operations, self._operations._connection
+        if stream is None:
+            connection.require_usable()
+            stream = connection.streams.enter(self._call.library.stream())
+        lag = operations._in_flight.receive(self._number)
+        operations._launch(self._call.kernels["receive"], stream, lag, self._args)

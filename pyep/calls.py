@@ -13,13 +13,13 @@ class Call(NamedTuple):
     kernels: dict                       # by phase
     results: Results
 
-    def addresses(self, *given):
-        """Of arrays; 0 for None."""
-        return tuple(0 if a is None else self.library.pointer(a) for a in given)
+    def at(self, array):
+        """The address of an array; 0 for None."""
+        return 0 if array is None else self.library.pointer(array)
 
     def aligned(self, array, argument):
         """The address of rows that kernels access 16 bytes at a time."""
         address = self.library.pointer(array)
-        if address % 16 and len(array):
+        if address & 15 and len(array):
             raise ValueError(f"{argument} begins at address {address:#x}; rows must begin at a multiple of 16 bytes")
         return address

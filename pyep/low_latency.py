@@ -40,13 +40,17 @@ class InFlight:
     def __init__(self):
         self._sent, self._pending = 0, []
 
-    def send(self):
-        """A new operation: (its number, the `lag` argument of its kernel)."""
+    def send_and_receive(self):
+        """A new operation whose halves are launched as one: the `lag` argument of its kernel."""
         if self._pending and min(self._pending) < self._sent:
             raise RuntimeError("the hook of the operation before the last one was not called yet: call it before the next "
                                "operation (at most two may wait for their hooks)")
         self._sent += 1
-        lag = len(self._pending)
+        return len(self._pending)
+
+    def send(self):
+        """A new operation, whose receive half is launched later: (its number, the `lag` argument of its kernel)."""
+        lag = self.send_and_receive()
         self._pending.append(self._sent)
         return self._sent, lag
 

@@ -22,9 +22,10 @@ class LowLatencyDispatched(_Five):
 class LowLatencyHandle(tuple):
     """(src_info, layout_range, M, H, E) as in DeepEP, with what combine needs besides as attributes."""
 
-    def __new__(cls, owner, number, received, shape, num_tokens):
+    def __new__(cls, owner, number, received, addresses, shape, num_tokens):
         self = super().__new__(cls, (received.src_info, received.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
-        self.owner, self.number, self.received, self.shape, self.num_tokens = owner, number, received, shape, num_tokens
+        self.owner, self.number, self.received, self.addresses = owner, number, received, addresses
+        self.shape, self.num_tokens = shape, num_tokens
         return self
 
 
@@ -56,10 +57,10 @@ class Results:
         sets = [_allocate(library, shape, ports) for _ in range(2)]
         selected = [library.empty((shape.max_tokens, shape.num_topk), "int64") for _ in range(3)]
         turns = [Received(*sets[i % 2], selected[i % 3]) for i in range(6)]
-        self._turns = [(received, tuple(0 if a is None else library.pointer(a) for a in received)) for received in turns]
+        self._turns = [(received, Received(*(0 if a is None else library.pointer(a) for a in received))) for received in turns]
 
     def next(self):
-        """The arrays for the next dispatch, and their addresses."""
+        """The arrays for the next dispatch, and their addresses, 0 for None."""
         return self._turns[self.dispatches % 6]
 
 
