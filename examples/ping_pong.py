@@ -16,7 +16,7 @@ from pyep.channels.memory_channel import put, signal
 from pyep.channels.memory_channel import wait as memory_wait
 from pyep.channels.port import put_with_signal
 from pyep.channels.port import wait as port_wait
-from pyep.kernels.lang import clock_ns, num_threads, st8, syncthreads, thread_rank
+from pyep.kernels.lang import clock_ns, num_threads, st8, syncthreads, syncthreads_or, thread_rank
 from pyep.own_kernels import Channels
 
 SIZES = [16 << 2 * i for i in range(9)]  # 16 bytes to 1 MiB
@@ -40,13 +40,11 @@ def send(watch, peer, channel, dst, src, nbytes):
 
 
 def receive(watch, peer, channel):
-    """A block waits for the peer's signal, and with it for its bytes."""
+    """A block waits for the peer's signal, and with it for its bytes: 1, or 0 if it never came."""
+    come = 1
     if thread_rank() == 0:
-        if PORT:
-            port_wait(watch, TURN, peer, channel)
-        else:
-            memory_wait(watch, TURN, peer, channel)
-    syncthreads()
+        come = port_wait(watch, TURN, peer, channel) if PORT else memory_wait(watch, TURN, peer, channel)
+    return 1 - syncthreads_or(1 - come)
 
 
 def play(base, timeout, peer, channel, begins, dst, src, nbytes, rounds, result):
@@ -58,7 +56,8 @@ def play(base, timeout, peer, channel, begins, dst, src, nbytes, rounds, result)
     while played < rounds:
         if begins:
             send(watch, peer, channel, dst, src, nbytes)
-        receive(watch, peer, channel)
+        if receive(watch, peer, channel) == 0:
+            return  # the host raises what the wait has left for it
         if not begins:
             send(watch, peer, channel, dst, src, nbytes)
         played += 1
