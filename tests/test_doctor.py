@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -219,3 +220,17 @@ def test_what_must_be_fixed(capsys):
     first, *rest = (line for line in section_of(text, "a")[:3])
     below = first.index("row")
     assert [line[below:] for line in rest] == ["   0 1", " 0 . x"]
+
+
+def test_a_library_of_a_toolkit(monkeypatch):
+    """NVVM need not be a package."""
+    def load(name):
+        if name != "nvvm":
+            raise RuntimeError("not found")
+        return SimpleNamespace(abs_path="/toolkit/libnvvm.so")
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", SimpleNamespace(load_nvidia_dynamic_lib=load))
+    group = software.GROUPS[1]
+    for missing, fix in (["nvidia-nvvm"], ""), (["nvidia-nvvm", "nvidia-nvjitlink"], "pip install 'pyep[cuda]'"):
+        monkeypatch.setattr(software, "version_of", lambda name: None if name in missing else "1.0")
+        finding = software.packages(group)
+        assert "nvidia-nvvm /toolkit/libnvvm.so" in finding.found and finding.fix == fix

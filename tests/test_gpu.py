@@ -161,7 +161,6 @@ def go_on_meanwhile(comm):
         assert_same(down(combined), want, "combined_x")          # `down` copies on the caller's stream
 
 
-@pytest.mark.multi_gpu
 def test_the_callers_stream_goes_on():
     ranks.run(2, go_on_meanwhile)
 
@@ -226,6 +225,5 @@ def late_timeout(comm):
                 got.event.synchronize()
 
 
-@pytest.mark.multi_gpu
 def test_a_peer_that_does_not_come():
     ranks.run(2, late_timeout)

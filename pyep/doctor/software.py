@@ -34,7 +34,7 @@ GROUPS = (
 )
 
 
-LIBRARIES = {"nvidia-nvvm": "nvvm", "nvidia-cuda-nvrtc": "nvrtc", "nvidia-nvjitlink": "nvJitLink"}        # a CUDA toolkit has them too
+LIBRARIES = {"nvidia-nvvm": "nvvm", "nvidia-cuda-nvrtc": "nvrtc", "nvidia-nvjitlink": "nvJitLink"}      # a CUDA toolkit has them
 
 
 def look(comm):
