@@ -195,6 +195,12 @@ def scale_offset(offset):
     return DATA_BYTES + udiv(offset, 32)
 
 
+def look_at_row(row, offset, wanted):
+    """First looks at 16 bytes of a row, and at the scale that this thread sees to, if they are wanted."""
+    return (ld16_relaxed_if(row + offset, wanted and offset < DATA_BYTES),
+            ld4_relaxed_if(row + scale_offset(offset), wanted and has_scale(offset)))
+
+
 def deliver(slot, offset, value, recv_x):
     """Store 16 bytes of a row to every row of recv_x in a list (count, then rows)."""
     end = slot + 8 * ld8_shared(slot)
@@ -220,6 +226,31 @@ def deliver_scale(slot, offset, scale, scales):
             st4(scales + 4 * ((group * blocks + block) * rows + row - group * rows), scale)
 
 
+def take_unit(entries, watch, me, half, unit, units, row_of, weight_of, recv_stats):
+    """A warp takes what was told about a unit and lists it, first step: how many rows it gets here."""
+    token, source = udiv(unit, RANKS), source_of(unit, me)
+    count = 0
+    if unit < units:
+        tokens, route, place = wait_for_tokens(watch, half, source, token)
+        if token < tokens and RANK_MAJOR:
+            count = take_token(entries, watch, me, half, source, token, route, place, row_of, recv_stats)
+        elif token < tokens:
+            count = take_selections(entries, watch, me, half, source, token, route, place, row_of, weight_of)
+    return count
+
+
+def place_unit(entries, count, watch, me, unit, src_info, row_of, recv_topk_idx, recv_topk_weights):
+    """Second step: its rows, and before the entries their count."""
+    token, source = udiv(unit, RANKS), source_of(unit, me)
+    if lane() == 0:
+        st8_shared(entries - 8, count)
+    syncwarp()
+    if RANK_MAJOR and count > 0:
+        place_token(entries, source, token, src_info, row_of, recv_topk_idx, recv_topk_weights)
+    elif count > 0:
+        place_selections(entries, count, watch, source, token, src_info, row_of)
+
+
 def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of, sent,
                  weight_of, recv_topk_idx, recv_stats):
     """Rows in the order in which they arrive.  A warp lists where a row goes, then the block copies the warps' rows.
@@ -234,37 +265,22 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
     unit = part
     while unit < units:
         listed = unit + warp * parts
-        token, source = udiv(listed, RANKS), source_of(listed, me)
-        count = 0
-        if listed < units:
-            tokens, route, place = wait_for_tokens(watch, half, source, token)
-            if token < tokens and RANK_MAJOR:
-                count = take_token(entries, watch, me, half, source, token, route, place, row_of, recv_stats)
-            elif token < tokens:
-                count = take_selections(entries, watch, me, half, source, token, route, place, row_of, weight_of)
+        count = take_unit(entries, watch, me, half, listed, units, row_of, weight_of, recv_stats)
         if unit == part:
             units = read_counts(part, watch, sent) * RANKS
         slot, done = lists, 0
         row, offset = row_slot(watch, me, half, x, unit), 16 * thread_rank()
         # A first look before it is known whether the row comes here: what does has come about when the counts have.
         exists = unit < units and udiv(unit, RANKS) < ld8_shared(shared() + 8 * source_of(unit, me))
-        look = ld16_relaxed_if(row + offset, exists and offset < DATA_BYTES)
-        scale_look = ld4_relaxed_if(row + scale_offset(offset), exists and has_scale(offset))
+        look, scale_look = look_at_row(row, offset, exists)
         if unit == part:
             add_up_counts(part, recv_count, layout_range, sent, recv_stats)
             if RANK_MAJOR:
                 clear_tails(part, parts, recv_topk_idx, weight_of)
-        if lane() == 0:
-            st8_shared(entries - 8, count)
-        syncwarp()
-        if RANK_MAJOR and count > 0:
-            place_token(entries, source, token, src_info, row_of, recv_topk_idx, weight_of)
-        elif count > 0:
-            place_selections(entries, count, watch, source, token, src_info, row_of)
+        place_unit(entries, count, watch, me, listed, src_info, row_of, recv_topk_idx, weight_of)
         syncthreads()
         while unit < units and slot < end:
-            at, at_row, at_offset, from_rank = slot, row, offset, source_of(unit, me)
-            value, scale = look, scale_look
+            at, at_row, at_offset, source, value, scale = slot, row, offset, source_of(unit, me), look, scale_look
             done += 16 * num_threads()
             if done >= DATA_BYTES:
                 done = 0
@@ -273,13 +289,11 @@ def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, sr
                 row = row_slot(watch, me, half, x, unit)
             offset = done + 16 * thread_rank()
             if unit < units and slot < end:
-                wanted = ld8_shared(slot) > 0
-                look = ld16_relaxed_if(row + offset, wanted and offset < DATA_BYTES)
-                scale_look = ld4_relaxed_if(row + scale_offset(offset), wanted and has_scale(offset))
+                look, scale_look = look_at_row(row, offset, ld8_shared(slot) > 0)
             if at_offset < DATA_BYTES and ld8_shared(at) > 0:
-                deliver(at, at_offset, take_row(value, watch, me, from_rank, at_row + at_offset), recv_x)
+                deliver(at, at_offset, take_row(value, watch, me, source, at_row + at_offset), recv_x)
                 if has_scale(at_offset):
-                    scale = take4(scale, watch, DISPATCH_ROW, from_rank, at_row + scale_offset(at_offset))
+                    scale = take4(scale, watch, DISPATCH_ROW, source, at_row + scale_offset(at_offset))
                     deliver_scale(at, at_offset, scale, scales)
         syncthreads()
 
