@@ -206,15 +206,17 @@ class LowLatencyOperations:
         connection, library, receive = self._connection, call.library, None
         current = library.stream()
         stream = connection.streams.enter(current, async_finish, previous_event)
-        self._shapes[operation] = call.shape
-        if return_recv_hook or "both" not in call.kernels:
+        if not return_recv_hook and "both" in call.kernels:
+            lag = self._in_flight.send_and_receive()
+            self._shapes[operation] = call.shape                 # only now: an operation that was refused leaves no error
+            self._launch(call.kernels["both"], stream, lag, args)
+        else:
             number, lag = self._in_flight.send()
+            self._shapes[operation] = call.shape
             self._launch(call.kernels["send"], stream, lag, args)
             receive = ReceiveHook(self, call, number, args, keep)
             if not return_recv_hook:
                 receive(stream)
-        else:
-            self._launch(call.kernels["both"], stream, self._in_flight.send_and_receive(), args)
         recorded = connection.streams.record() if async_finish else None
         event = EventOverlap(recorded, keep if recorded else None, library, current, connection.check)
         if previous_event is not None:
