@@ -13,6 +13,7 @@ import time
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
+from ..layout import WORD
 from .gpu import call
 from .handles import MAX_MEMORIES, MAX_SEMAPHORES, TRIGGER_BYTES, TRIGGERS, decode
 from .mscclpp_package import require_port_handle
@@ -31,7 +32,8 @@ class Links:
     could take each other's for done.
     """
 
-    STEPS = "ask_for_connections", "connect", "ask_for_memory", "map_memory", "ask_for_semaphores", "make_semaphores"
+    STEPS = ("ask_for_connections", "connect", "ask_for_memory", "map_memory", "warm_up", "ask_for_semaphores",
+             "make_semaphores")
 
     def __init__(self, api, bootstrap, tag, memory, endpoints):
         """bootstrap: MSCCL++'s.  tag: a number, on both ends the same, and another for each of a rank's `Links`.  memory: (address,
@@ -60,6 +62,14 @@ class Links:
 
     def map_memory(self):
         self.theirs = self._answers()
+
+    def warm_up(self):
+        """Copy a word of zeros over zeros through each connection of CUDA IPC: MSCCL++ makes a stream for that with the first copy.
+        In a proxy that would be while a kernel waits for the copy, and to make a stream may then wait for the kernel."""
+        for peer, connection in self._connections.items():
+            if self.kind(peer) == "ipc":
+                connection.write(self.theirs[peer], 0, self.mine["ipc"], 0, WORD)
+                connection.flush()
 
     def ask_for_semaphores(self):
         self._asked = {peer: self._communicator.build_semaphore(connection, peer, self._tag)
