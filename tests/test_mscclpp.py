@@ -255,7 +255,7 @@ class OneCopy:
 
 
 def test_streams_are_made_while_connecting():
-    """A copy over CUDA IPC for each peer, from the beginning of the memory to that of the peer's, which are 0; none over InfiniBand."""
+    """A copy over CUDA IPC for each peer, from the beginning of this rank's memory to that of the peer's; none over InfiniBand."""
     objects = pytest.importorskip("pyep.channels.mscclpp_objects")
     api = SimpleNamespace(Communicator=OneCopy, TransportFlags=lambda transport: transport)
     endpoints = {peer: (kind, SimpleNamespace(transport=kind)) for peer, kind in enumerate(("ipc", "ib", "ipc"), 1)}
