@@ -20,6 +20,6 @@ class Call(NamedTuple):
     def aligned(self, array, argument):
         """The address of rows that kernels access 16 bytes at a time."""
         address = self.library.pointer(array)
-        if address & 15 and len(array):
+        if address % 16 and len(array):
             raise ValueError(f"{argument} begins at address {address:#x}; rows must begin at a multiple of 16 bytes")
         return address

@@ -71,8 +71,9 @@ class Channels:
         """Launch a kernel with (address of the symmetric memory, timeout in ns, *args), all ints, on the current stream."""
         connection = self._connection
         connection.require_usable()
-        self._streams.add(self._stream())
-        connection.launch(kernel, self._stream(), connection.transport.base, connection.timeout_ns, *args)
+        stream = self._stream()
+        self._streams.add(stream)
+        connection.launch(kernel, stream, connection.transport.base, connection.timeout_ns, *args)
 
     def synchronize(self):
         """Wait until what was launched has run, and all that is on the current stream.  EPTimeoutError if a wait gave up,

@@ -29,7 +29,7 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed,
                                st8_release, st8_shared, st16, st16_relaxed, st16_release, swap8_if, syncthreads, syncthreads_or,
                                syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
-from pyep.kernels.op import CUDA, Cpu, Op, bind, op
+from pyep.kernels.op import CUDA, Cpu, Op, bind, i64, op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
 pytestmark = pytest.mark.timeout(120, method="thread")
@@ -1072,7 +1072,8 @@ def test_cache_keys_see_how_ops_are_declared():
     def key(**options):
         fence = op(**options)(adder)
         return cache.key(lambda: fence(), CUDA, {})
-    assert len({key(ptx="membar.sys;"), key(ptx="membar.gl;"), key(ptx="membar.gl;", pure=True)}) == 3
+    keys = {key(ptx="membar.sys;"), key(ptx="membar.gl;"), key(ptx="membar.gl;", pure=True), key(ptx="membar.gl;", args=(i64,))}
+    assert len(keys) == 4
 
 
 def test_helpers_of_one_factory_are_kept_apart():

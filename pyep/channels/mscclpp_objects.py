@@ -32,8 +32,7 @@ class Links:
     could take each other's for done.
     """
 
-    STEPS = ("ask_for_connections", "connect", "ask_for_memory", "map_memory", "warm_up", "ask_for_semaphores",
-             "make_semaphores")
+    STEPS = "ask_for_connections", "connect", "ask_for_memory", "map_memory", "ask_for_semaphores", "make_semaphores"
 
     def __init__(self, api, bootstrap, tag, memory, endpoints):
         """bootstrap: MSCCL++'s.  tag: a number, on both ends the same, and another for each of a rank's `Links`.  memory: (address,
@@ -63,6 +62,13 @@ class Links:
     def map_memory(self):
         self.theirs = self._answers()
 
+    def ask_for_semaphores(self):
+        self._asked = {peer: self._communicator.build_semaphore(connection, peer, self._tag)
+                       for peer, connection in self._connections.items()}
+
+    def make_semaphores(self):
+        self.semaphores = self._answers()
+
     def warm_up(self):
         """Copy a word of zeros over zeros through each connection of CUDA IPC: MSCCL++ makes a stream for that with the first copy.
         In a proxy that would be while a kernel waits for the copy, and to make a stream may then wait for the kernel."""
@@ -70,13 +76,6 @@ class Links:
             if self.kind(peer) == "ipc":
                 connection.write(self.theirs[peer], 0, self.mine["ipc"], 0, WORD)
                 connection.flush()
-
-    def ask_for_semaphores(self):
-        self._asked = {peer: self._communicator.build_semaphore(connection, peer, self._tag)
-                       for peer, connection in self._connections.items()}
-
-    def make_semaphores(self):
-        self.semaphores = self._answers()
 
     def drop_communicator(self):
         """Connecting is over."""
@@ -103,6 +102,7 @@ class Proxy:
     def __init__(self, api, links, fifo_size):
         """fifo_size: triggers that the FIFO holds, a power of two."""
         require_room(len(links.mine) + len(links.theirs), len(links.semaphores))
+        links.warm_up()
         self._service, self._channels, self.handles, self.runs = in_a_thread(api.ProxyService, fifo_size), [], {}, False
         mine = {kind: self._service.add_memory(memory) for kind, memory in links.mine.items()}
         for peer, semaphore in links.semaphores.items():

@@ -73,7 +73,7 @@ class Op:
         functools.update_wrapper(self, fn)
         self.fn, self.ret, self.args, self.ptx, self.cpu, self.pure, self.collective = fn, ret, args, ptx, cpu, pure, collective
         # What its code depends on, see `cache.key`; pyep's own sources count as a whole, and to go through them would take long.
-        self.declaration = () if fn.__module__.startswith("pyep.") else (fn, ptx, cpu, pure, collective)
+        self.declaration = () if fn.__module__.startswith("pyep.") else (fn, repr((ret, args)), ptx, cpu, pure, collective)
 
     def __call__(self, *args):
         raise TypeError(f"{self.__name__} is an op of the kernel language: it runs in a kernel, see pyep.kernels.op.bind")
