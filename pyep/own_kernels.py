@@ -39,7 +39,7 @@ class Channels:
         self._connection = connection = Connection(group, comm, 0, layout.align(nbytes), transport, timeout_s,
                                                    num_qps_per_rank)
         connection.words_for.update({number: self._error_from for number in waits or {}})
-        self._waits, self._streams = waits, set()                # streams: of launches since the last `synchronize`
+        self._waits = waits
         self.rank, self.size, self.nodes = connection.rank, connection.size, connection.nodes
         self.engine, self.transport = connection.engine.name, connection.transport.name
         self.ports, self.channels = connection.transport.ports, connection.transport.channels
@@ -71,21 +71,14 @@ class Channels:
         """Launch a kernel with (address of the symmetric memory, timeout in ns, *args), all ints, on the current stream."""
         connection = self._connection
         connection.require_usable()
-        stream = self._stream()
-        self._streams.add(stream)
+        stream = arrays.library_of(self.memory, "memory").stream()
         connection.launch(kernel, stream, connection.transport.base, connection.timeout_ns, *args)
 
     def synchronize(self):
-        """Wait until what was launched has run, and all that is on the current stream.  EPTimeoutError if a wait gave up,
-        EPTransportError if a proxy failed; from then on it can only be closed."""
-        for stream in {*self._streams, self._stream()}:          # not for all of the GPU: proxies use it too
-            self._connection.streams.wait_for(stream)
-        self._streams.clear()
+        """Wait until what was launched has run.  EPTimeoutError if a wait gave up, EPTransportError if a proxy failed; from then on
+        it can only be closed."""
+        self._connection.engine.synchronize()
         self._connection.check()
-
-    def _stream(self):
-        """The caller's current stream, as an int."""
-        return arrays.library_of(self.memory, "memory").stream()
 
     def meet(self):
         """Return once all ranks have called it."""

@@ -44,12 +44,6 @@ class Streams:
             from .kernels import cuda
             cuda.stream_wait(stream, current)
 
-    def wait_for(self, stream):
-        """Make the host wait for all that a stream has to do so far."""
-        if self.comm is not None:
-            from .kernels import cuda
-            cuda.synchronize(stream)
-
     def record(self):
         """An event behind the latest operation on `comm`; None on the CPU engine, where it is done."""
         if self.comm is None:

@@ -128,15 +128,14 @@ def test_a_dispatch_loads_four_times_before_it_stores(launch):
 
 @launches("combine")
 def test_a_combine_has_many_loads_under_way(launch):
-    """Eight of those that send, of a chunk, before they store; eight of those that sum, of up to four rows, before they add.
-
-    The assembler may hold two back, for want of a scoreboard or a register.
+    """Four of those that send, while they store what the last four have brought; eight of those that sum, of up to four rows, before
+    they add.  The assembler may hold two back, for want of a scoreboard or a register.
     """
     code = sass(code_of(launch).cubin)
-    for opcode in "LDG.E.NA.128.CONSTANT", "LDG.E.NA.128":
+    for opcode, loads_at_once, least in ("LDG.E.NA.128.CONSTANT", 4, 4), ("LDG.E.NA.128", 8, 6):
         found = [under_way(stretch, opcode) for stretch in stretches(code)]
-        groups = [most for loads, most in found if loads >= 8]
-        assert groups and min(groups) >= 6
+        groups = [most for loads, most in found if loads >= loads_at_once]
+        assert groups and min(groups) >= least
 
 
 @launches("notify")

@@ -229,44 +229,6 @@ def test_room_of_a_proxy():
             objects.require_room(memories, semaphores)
 
 
-class OneCopy:
-    """In place of the library: answers at once, as a communicator and as a connection, and notes what is copied."""
-
-    def __init__(self, *_):
-        self.calls = []
-
-    def connect(self, config, peer, tag):
-        return SimpleNamespace(get=lambda: self)
-
-    def register_memory(self, *memory):
-        return memory
-
-    def send_memory(self, *_):
-        """Nobody receives it."""
-
-    def recv_memory(self, peer, tag):
-        return SimpleNamespace(get=lambda: f"memory of {peer}")
-
-    def write(self, *args):
-        self.calls.append(args)
-
-    def flush(self):
-        self.calls.append("flush")
-
-
-def test_streams_are_made_while_connecting():
-    """A copy over CUDA IPC for each peer, from the beginning of this rank's memory to that of the peer's; none over InfiniBand."""
-    objects = pytest.importorskip("pyep.channels.mscclpp_objects")
-    api = SimpleNamespace(Communicator=OneCopy, TransportFlags=lambda transport: transport)
-    endpoints = {peer: (kind, SimpleNamespace(transport=kind)) for peer, kind in enumerate(("ipc", "ib", "ipc"), 1)}
-    links = objects.Links(api, None, 1, (4096, 64), endpoints)
-    for step in objects.Links.STEPS[:objects.Links.STEPS.index("map_memory") + 1]:
-        getattr(links, step)()
-    links.warm_up()
-    assert links._communicator.calls == [
-        ("memory of 1", 0, (4096, 64, "ipc"), 0, 8), "flush", ("memory of 3", 0, (4096, 64, "ipc"), 0, 8), "flush"]
-
-
 def test_fifo_sizes():
     fifo_size = pytest.importorskip("pyep.channels.mscclpp").fifo_size
     assert [fifo_size(peers) for peers in (0, 1, 32, 33, 511)] == [512, 512, 512, 1024, 8192]

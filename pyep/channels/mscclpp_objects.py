@@ -13,7 +13,6 @@ import time
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
-from ..layout import WORD
 from .gpu import call
 from .handles import MAX_MEMORIES, MAX_SEMAPHORES, TRIGGER_BYTES, TRIGGERS, decode
 from .mscclpp_package import require_port_handle
@@ -69,14 +68,6 @@ class Links:
     def make_semaphores(self):
         self.semaphores = self._answers()
 
-    def warm_up(self):
-        """Copy a word of zeros over zeros through each connection of CUDA IPC: MSCCL++ makes a stream for that with the first copy.
-        In a proxy that would be while a kernel waits for the copy, and to make a stream may then wait for the kernel."""
-        for peer, connection in self._connections.items():
-            if self.kind(peer) == "ipc":
-                connection.write(self.theirs[peer], 0, self.mine["ipc"], 0, WORD)
-                connection.flush()
-
     def drop_communicator(self):
         """Connecting is over."""
         self._asked = self._communicator = None
@@ -102,7 +93,6 @@ class Proxy:
     def __init__(self, api, links, fifo_size):
         """fifo_size: triggers that the FIFO holds, a power of two."""
         require_room(len(links.mine) + len(links.theirs), len(links.semaphores))
-        links.warm_up()
         self._service, self._channels, self.handles, self.runs = in_a_thread(api.ProxyService, fifo_size), [], {}, False
         mine = {kind: self._service.add_memory(memory) for kind, memory in links.mine.items()}
         for peer, semaphore in links.semaphores.items():

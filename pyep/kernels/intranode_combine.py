@@ -74,28 +74,29 @@ def sends():
     return block_rank() < SENDING_BLOCKS and warp_rank() < sending_warps()
 
 
+def load_four(source, offset, step, nbytes):
+    """A lane's pieces of four slices; zeros past `nbytes`."""
+    return (ld16_nc_if(source + offset, offset < nbytes), ld16_nc_if(source + offset + step, offset + step < nbytes),
+            ld16_nc_if(source + offset + 2 * step, offset + 2 * step < nbytes),
+            ld16_nc_if(source + offset + 3 * step, offset + 3 * step < nbytes))
+
+
 def copy(to, source, nbytes):
-    """One warp copies pieces of 16 bytes.  Eight loads of a lane are under way at once, but for the last few."""
+    """One warp copies pieces of 16 bytes.  A lane's next four loads are under way while it stores the last four."""
     step = 16 * warp_size()
     offset = 16 * lane()
-    while offset + 7 * step < nbytes:
-        at = source + offset
-        value0, value1, value2, value3 = ld16_nc(at), ld16_nc(at + step), ld16_nc(at + 2 * step), ld16_nc(at + 3 * step)
-        at += 4 * step
-        value4, value5, value6, value7 = ld16_nc(at), ld16_nc(at + step), ld16_nc(at + 2 * step), ld16_nc(at + 3 * step)
-        at = to + offset
-        st16(at, value0)
-        st16(at + step, value1)
-        st16(at + 2 * step, value2)
-        st16(at + 3 * step, value3)
-        st16(at + 4 * step, value4)
-        st16(at + 5 * step, value5)
-        st16(at + 6 * step, value6)
-        st16(at + 7 * step, value7)
-        offset += 8 * step
+    value0, value1, value2, value3 = load_four(source, offset, step, nbytes)
     while offset < nbytes:
-        st16(to + offset, ld16_nc(source + offset))
-        offset += step
+        next0, next1, next2, next3 = load_four(source, offset + 4 * step, step, nbytes)
+        st16(to + offset, value0)
+        if offset + step < nbytes:
+            st16(to + offset + step, value1)
+        if offset + 2 * step < nbytes:
+            st16(to + offset + 2 * step, value2)
+        if offset + 3 * step < nbytes:
+            st16(to + offset + 3 * step, value3)
+        value0, value1, value2, value3 = next0, next1, next2, next3
+        offset += 4 * step
 
 
 def copy_words(to, source, nbytes):

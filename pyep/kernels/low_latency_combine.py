@@ -84,6 +84,7 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, packet_of):
         unit += parts * num_warps()
         count = list_unit(rows, unit, me, y, row_of, 0, sent)
         ahead = load_ahead(rows, unit, count)
+    syncwarp()                                                   # the list's memory is used again
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent,
         unit += parts * num_warps()
         count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
         ahead = load_ahead(rows, unit, count)
+    syncwarp()                                                   # the list's memory is used again
 
 
 def look_up_row(unit, me, y, src_info, sent):
