@@ -265,7 +265,7 @@ def used(log):
 
 def test_every_kernel_file_is_known():
     """A new file of kernels must be added here: to COMPILED, if it has kernels of its own."""
-    tools = {"__init__", "basics", "cache", "cpu", "cuda", "lang", "llvm", "op"}
+    tools = {"__init__", "basics", "bytecode", "cache", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
     assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
                              "low_latency_dispatch", "low_latency_reduce", "low_latency_ship", "low_latency_sums",
