@@ -128,7 +128,7 @@ def test_a_dispatch_loads_four_times_before_it_stores(launch):
 
 @launches("combine")
 def test_a_combine_has_many_loads_under_way(launch):
-    """Four of those that send, while they store what the last four have brought; eight of those that sum, of up to four rows, before
+    """Four of those that send, while they store what the last four brought; eight of those that sum, of up to four rows, before
     they add.  The assembler may hold two back, for want of a scoreboard or a register.
     """
     code = sass(code_of(launch).cubin)
