@@ -6,20 +6,23 @@ barriers, which on a GPU means never.
 """
 import dis
 
-COSTLY = {"CALL"}                               # instructions that must not be copied: an op is called, and so is what calls one
+CALLS = {"CALL"}                                # instructions that must not be copied: an op is called, and so is what calls one
+RETURNS = {dis.opmap[name] for name in ("RETURN_VALUE", "RETURN_CONST") if name in dis.opmap}
 JUMP, EXTENDED_ARG, NOP = (dis.opmap[name] for name in ("JUMP_FORWARD", "EXTENDED_ARG", "NOP"))
 
 
 def without_copies(code):
     """A code object like `code` in which every copy of an end with a call jumps to the last one instead."""
+    if sum(opcode in RETURNS for opcode in code.co_code[::2]) < 2:
+        return code                                              # most functions; `dis` takes its time
     instructions = list(dis.get_instructions(code))
-    ends = [k for k, i in enumerate(instructions) if i.opname.startswith("RETURN_") and i.opname != "RETURN_GENERATOR"]
+    ends = [k for k, i in enumerate(instructions) if i.opcode in RETURNS]
     patched = bytearray(code.co_code)
     for at, k in enumerate(ends):
         for last in reversed(ends[at + 1:]):
             n = common(instructions, k, last)
             copy = instructions[k + 1 - n:k + 1]
-            if any(i.opname in COSTLY for i in copy):
+            if any(i.opname in CALLS for i in copy):
                 start, size = copy[0].offset, copy[-1].offset + 2 - copy[0].offset
                 patched[start:start + size] = jump(start, instructions[last + 1 - n].offset, size)
                 break

@@ -11,8 +11,8 @@ The kernels are in `intranode_layout`, `intranode_notify`, `intranode_dispatch` 
 """
 from ..channels.memory import next_epoch, peer, release, report, tell, wait_count, wait_released
 from .basics import start
-from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, num_blocks, num_threads, st8, st8_shared, syncthreads,
-                   syncthreads_or, thread_rank, udiv)
+from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, ld16_nc_if, num_blocks, num_threads, st8, st8_shared,
+                   syncthreads, syncthreads_or, thread_rank, udiv)
 
 # Template parameters, compiled in by `bind`.
 RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0      # TOPK: 0 where no top-k indices travel
@@ -91,6 +91,16 @@ def wait_places(watch, wait, sections, table):
             missing = 1
         rank += num_threads()
     return 1 - syncthreads_or(missing)
+
+
+# ---- what rows are made of -------------------------------------------------------------------------------------------
+
+def load_four(row, offset, step, last):
+    """What a lane copies of four slices of a row, at `offset`, a step further on and so forth; zeros from `last` on.  All loads are
+    under way at once."""
+    return (ld16_nc_if(row + offset, offset < last), ld16_nc_if(row + offset + step, offset + step < last),
+            ld16_nc_if(row + offset + 2 * step, offset + 2 * step < last),
+            ld16_nc_if(row + offset + 3 * step, offset + 3 * step < last))
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------

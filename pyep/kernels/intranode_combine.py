@@ -10,7 +10,7 @@ the other warps go on.
 from ..channels.memory import peer, release, wait_released
 from .basics import add_entry, after, list_bytes, num_warps, warp_rank
 from .intranode import (CHUNK, COMBINE_CHUNK, COMBINE_DONE, COMBINE_PLACE, MAX_CHUNKS, RANKS, ROW_BYTES, TOPK, WEIGHTED, enter,
-                        finish, tell_place, wait_places)
+                        finish, load_four, tell_place, wait_places)
 from .lang import (bits_of, block_rank, f32_of, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8_shared, ld16,
                    ld16_if, ld16_nc, ld16_nc_if, num_blocks, num_threads, shared, st4, st4_shared, st16, syncwarp,
                    thread_rank, to_bf16, udiv, warp_size, zeros)
@@ -72,13 +72,6 @@ def sending_warps():
 def sends():
     """Whether this warp sends."""
     return block_rank() < SENDING_BLOCKS and warp_rank() < sending_warps()
-
-
-def load_four(source, offset, step, nbytes):
-    """A lane's pieces of four slices; zeros past `nbytes`."""
-    return (ld16_nc_if(source + offset, offset < nbytes), ld16_nc_if(source + offset + step, offset + step < nbytes),
-            ld16_nc_if(source + offset + 2 * step, offset + 2 * step < nbytes),
-            ld16_nc_if(source + offset + 3 * step, offset + 3 * step < nbytes))
 
 
 def copy(to, source, nbytes):

@@ -6,9 +6,9 @@ of this operation, plus the rows of lower ranks, plus the number that the token 
 from ..channels.memory import report
 from .basics import add_entry, after, list_bytes, num_warps, warp_rank
 from .intranode import (BAD_SELECTION, DISPATCH_DONE, DISPATCH_PLACE, EXPERTS, INDEX_BYTES, LOCAL_EXPERTS, RANKS,
-                        ROW, ROW_BYTES, SCALES, SOURCE, TOPK, TOPK_IDX, TOPK_WEIGHTS, WEIGHTED, enter, finish, tell_place,
-                        wait_places)
-from .lang import (block_rank, lane, ld4_nc, ld4_nc_if, ld8_nc_if, ld8_shared, ld16_nc, ld16_nc_if, num_blocks, num_threads,
+                        ROW, ROW_BYTES, SCALES, SOURCE, TOPK, TOPK_IDX, TOPK_WEIGHTS, WEIGHTED, enter, finish,
+                        load_four, tell_place, wait_places)
+from .lang import (block_rank, lane, ld4_nc, ld4_nc_if, ld8_nc_if, ld8_shared, ld16_nc, num_blocks, num_threads,
                    shared, st4, st8, st8_shared, st16, syncthreads, syncwarp, thread_rank, udiv, warp_size)
 
 SCALE_BYTES = 0                                 # of a row's scales; 0 where none travel
@@ -90,9 +90,7 @@ def copy_four(entries, end, row, offset, step):
 
 def copy_rest(entries, end, row, offset, step, last):
     """The same of what is left up to `last`."""
-    value0, value1 = ld16_nc_if(row + offset, offset < last), ld16_nc_if(row + offset + step, offset + step < last)
-    value2 = ld16_nc_if(row + offset + 2 * step, offset + 2 * step < last)
-    value3 = ld16_nc_if(row + offset + 3 * step, offset + 3 * step < last)
+    value0, value1, value2, value3 = load_four(row, offset, step, last)
     while entries < end:
         to = ld8_shared(entries) + offset
         if offset < last:
