@@ -182,12 +182,14 @@ class LowLatency(NamedTuple):
         routes  1 + the expert that (source, token, k) selects, or 0; above it the selection's weight; every rank gets all
         places  n: the selection is the source's n-th for its expert (the first is 0); only that expert's rank gets it.
                 rank-major: the token is the source's n-th for this rank, at k = 0
+        listed  how many of the token's cuts this rank's warps have listed, less one, until the last one has
         rows    the token, once per rank however many of that rank's experts it selects
         """
         selections = (self.num_ranks, self.max_tokens, self.num_topk)
         return _stack(half,
                       ("routes", ("source", "token", "k"), selections, WORD, "source"),
                       ("places", ("source", "token", "k"), selections, WORD, "source"),
+                      ("listed", ("source", "token"), selections[:2], WORD, "this rank"),
                       ("rows", ("source", "token"), selections[:2], self.wire_bytes, "source"))
 
     def combine(self, half=0):

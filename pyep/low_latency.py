@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 def constants(shape, index_bytes, ports=0):
     """The kernels' template parameters.  ports: see PORTS in `pyep.kernels.low_latency_boxes`."""
     control = layout.control(shape.num_ranks)
-    _, places, rows = shape.dispatch()
+    _, places, listed, rows = shape.dispatch()
     return dict(
         RANKS=shape.num_ranks, EXPERTS=shape.num_experts, LOCAL_EXPERTS=shape.local_experts, MAX_TOKENS=shape.max_tokens,
         TOPK=shape.num_topk, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes,
@@ -84,7 +84,7 @@ def constants(shape, index_bytes, ports=0):
         STATUS=control["status"].offset, PEERS=control["peers"].offset, FAILED=control["failed"].offset,
         EPOCH=control["epoch"].offset, CONSUMED=control["consumed"].offset, COUNTS=control["rdma_recv_count"].offset,
         COUNTS_STRIDE=layout.WORD * (1 + layout.MAX_LOCAL_EXPERTS), CONTROL_BYTES=layout.control_bytes(shape.num_ranks),
-        PLACES=places.offset, ROWS=rows.offset, PORTS=ports, SHAPE=fingerprint(shape),
+        PLACES=places.offset, LISTED=listed.offset, ROWS=rows.offset, PORTS=ports, SHAPE=fingerprint(shape),
         PORT_HANDLES=control["ports"].offset, **{name: control[name.lower()].offset for name in CONTROL_OF_BOXES})
 
 
@@ -106,12 +106,13 @@ def chunk(shape):
     return min(shape.max_tokens, max(1, STAGED // shape.num_topk))
 
 
-def shared_bytes(operation, shape, warps, announcers):
+def shared_bytes(operation, shape, warps, announcers, num_sections):
     """Shared memory of a block: the most that any of its roles needs.  See the kernels for what is in it."""
     word, ranks, topk = layout.WORD, layout.align(shape.num_ranks, 8), layout.align(shape.num_topk, 8)
     if operation == "dispatch":
         groups = shape.num_ranks * shape.local_groups
-        announce = layout.align(4 * chunk(shape) * shape.num_topk * (1 + shape.weighted), word) + word * -(-groups // announcers)
+        staged = layout.align(4 * chunk(shape) * shape.num_topk * (1 + shape.weighted), word)
+        announce = staged + word * -(-groups // announcers) * (2 + num_sections)
         send = word * warps * (1 + shape.num_ranks)
         receive = word * (shape.num_ranks * (1 + shape.local_groups) + warps * (2 + shape.num_topk))
         return max(announce, send, receive)
@@ -120,15 +121,40 @@ def shared_bytes(operation, shape, warps, announcers):
     return 2 * word * warps * ((0 if shape.rank_major else topk) + ranks)
 
 
-def cuts(engine, shape, threads, ports):
-    """How the senders of a dispatch cut rows: each cut is a whole number of what a team moves at a time.
+def sections(engine, shape, threads, announcers, ports):
+    """How an announcing block cuts the staged selections (rank-major: tokens), so that all its warps have some to number.
 
-    With port peers rows stay whole: to list where a token goes is to claim a packet, so it must be listed once.
+    With port peers it does not: all that is told waits for the rows there.
     """
-    teams = 1 if ports else engine.cuts(threads)
+    items, at_once = chunk(shape) * (1 if shape.rank_major else shape.num_topk), 4 * engine.warp
+    wanted = 1 if ports else max(1, threads // engine.warp // -(-shape.num_ranks * shape.local_groups // announcers))
+    section = layout.align(-(-items // wanted), at_once)
+    return dict(SECTION=section, SECTIONS=-(-items // section))
+
+
+def cut(engine, shape, teams, whole):
+    """How a dispatch cuts rows: (cuts to a row, bytes of each, teams, threads of each).  A cut is a whole number of what a team
+    moves at a time.  For whole rows teams join, as many as one takes at a time.  teams: of the engine."""
+    cuts, count, threads = teams
+    if whole:
+        warps = count * threads // engine.warp
+        joined = max(n for n in range(1, max(1, count // cuts) + 1) if warps % n == 0)
+        cuts, count, threads = 1, joined, count * threads // joined
     lanes = min(8, engine.warp)                                  # that share a block of FP8, see `pyep.kernels.quantize`
-    at_a_time = layout.FP8_BLOCK * (threads // teams // lanes) if shape.fp8 else 16 * (threads // teams)
-    return dict(CUTS=teams, TEAM_THREADS=threads // teams, CUT_BYTES=layout.align(-(-shape.data_bytes // teams), at_a_time))
+    at_a_time = layout.FP8_BLOCK * (threads // lanes) if shape.fp8 else 16 * threads
+    nbytes = layout.align(-(-shape.data_bytes // cuts), at_a_time)
+    return -(-shape.data_bytes // nbytes), nbytes, count, threads
+
+
+def cuts(engine, shape, teams, ports):
+    """How senders and receivers of a dispatch cut rows.
+
+    With port peers rows are left whole: to list where a token goes is to claim a packet, so it must be listed once.  In the
+    rank-major layout receivers leave them whole: a row is stored once, and to list it more often costs more than that gains.
+    """
+    names = ("CUTS", "CUT_BYTES", "TEAMS", "TEAM_THREADS"), ("TAKEN_CUTS", "TAKEN_CUT_BYTES", "TAKING_TEAMS", "TAKING_THREADS")
+    return {name: value for side, whole in zip(names, (ports, ports or shape.rank_major))
+            for name, value in zip(side, cut(engine, shape, teams, whole))}
 
 
 def make_plan(engine, shape, index_bytes, rank, ports=0):
@@ -138,12 +164,14 @@ def make_plan(engine, shape, index_bytes, rank, ports=0):
     for operation, kernel, moved in (("dispatch", dispatch, shape),
                                      ("combine", combine_reduced if shape.reduced else combine, in_bf16)):
         values, row_bytes = constants(moved, index_bytes, ports) | box_constants(operation, moved), moved.data_bytes
-        threads = engine.threads_for_row(row_bytes)
+        _, count, team = teams = engine.teams(row_bytes, shape.max_tokens)
+        threads = count * team
         for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders
-            shared = shared_bytes(operation, shape, threads // engine.warp, announcers)
+            sectioned = sections(engine, shape, threads, announcers, ports)
+            shared = shared_bytes(operation, shape, threads // engine.warp, announcers, sectioned["SECTIONS"])
             parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes),
-                              NEIGHBOURS=engine.neighbours(threads), **cuts(engine, moved, threads, ports))
+                              NEIGHBOURS=engine.neighbours(threads), **sectioned, **cuts(engine, moved, teams, ports))
             jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
     plan = Plan(shape, {}, {})

@@ -47,16 +47,18 @@ DEPLOYED = LowLatency(num_ranks=4, max_tokens=128, hidden=7168, num_experts=256,
 # name: (shape, bytes of an entry of topk_idx[, 1 if there are port peers])
 SHAPES = {
     "direct": (DEPLOYED, 8),
+    "few": (DEPLOYED._replace(max_tokens=1), 8),
     "reduced": (DEPLOYED._replace(data="fp8", weighted=True), 8),
     "rank-major": (DEPLOYED._replace(data="fp8_ue8m0", rank_major=True, weighted=True), 8),
     "large": (LowLatency(num_ranks=8, max_tokens=128, hidden=16384, num_experts=64, num_topk=6, data="fp8"), 4),
 }
 SHAPES |= {f"{name}-ports": (*SHAPES[name], 1) for name in ("direct", "large")}
 
-# Every kind of combine; each role of each operation also alone; "large", whose blocks leave a thread the fewest registers; both
-# operations with port peers.
+# Every kind of combine; each role of each operation also alone; "few" tokens, for which blocks are small; "large", whose blocks
+# leave a thread the fewest registers; both operations with port peers.
 COMPILED = {
     "direct": ("dispatch-both", "combine-both", "combine-send", "combine-receive"),
+    "few": ("dispatch-both", "combine-both"),
     "reduced": ("dispatch-both", "combine-both"),
     "rank-major": ("dispatch-send", "dispatch-receive", "combine-both"),
     "large": ("dispatch-both", "combine-both"),
@@ -77,8 +79,8 @@ class Launch(NamedTuple):
 
     @property
     def resident(self):
-        """Blocks that a multiprocessor must hold at once: all blocks of a grid run together."""
-        return -(-self.blocks // MULTIPROCESSORS)
+        """Blocks that a multiprocessor must have room for: all of a grid run together, small ones beside the next kernel's."""
+        return max(-(-self.blocks // MULTIPROCESSORS), cuda.resident_blocks(self.threads))
 
 
 class Notes:
@@ -145,6 +147,11 @@ class Case(NamedTuple):
     @property
     def quantizes(self):
         return self.operation == "dispatch" and self.shape.fp8 and "send" in self.roles
+
+    @property
+    def counts(self):
+        """Receivers of rows in several cuts count who has listed them; and packets and triggers are counted, with port peers."""
+        return self.ports or self.operation == "dispatch" and "receive" in self.roles and self.launch.constants["TAKEN_CUTS"] > 1
 
     @property
     def divides(self):
@@ -268,9 +275,9 @@ def test_every_kernel_file_is_known():
     tools = {"__init__", "basics", "bytecode", "cache", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
     assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
-                             "low_latency_dispatch", "low_latency_reduce", "low_latency_ship", "low_latency_sums",
-                             "low_latency_units", "low_latency_unpack", "quantize", "intranode", "intranode_layout",
-                             "intranode_notify", "intranode_dispatch", "intranode_combine"}
+                             "low_latency_dispatch", "low_latency_listing", "low_latency_reduce", "low_latency_ship",
+                             "low_latency_sums", "low_latency_units", "low_latency_unpack", "quantize", "intranode",
+                             "intranode_layout", "intranode_notify", "intranode_dispatch", "intranode_combine"}
 
 
 @pytest.mark.parametrize("shape", [DEPLOYED, SHAPES["large"][0]], ids=["deployed", "large"])
@@ -295,13 +302,13 @@ def test_launches(shape, data, rank_major, weighted):
 ROWS_READ, ROWS_SENT = "ld.global.nc.L1::no_allocate.v2.s64", "st.relaxed.sys.global.L1::no_allocate.v2.s64"
 ROWS_POLLED, ROWS_KEPT = "ld.relaxed.sys.global.L1::no_allocate.v2.s64", "st.global.L1::no_allocate.v2.s64"
 WORDS_POLLED, WORDS_SENT = "ld.relaxed.sys.global.s64", "st.relaxed.sys.global.s64"
-CONSUMED = ["st.release.sys.global.s64", WORDS_POLLED]                      # told to the peers, awaited from them
+CONSUMED = [WORDS_SENT, "ld.global.s64", WORDS_POLLED]                      # told to the peers, looked at, awaited from them
 GIVING_UP = ["atom.relaxed.gpu.global.cas.b64", "st.release.sys.global.s64", "%globaltimer", "nanosleep.u32"]
 OVERLAP = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 LISTS = ["vote.sync.ballot.b32", "ld.shared.b64", "st.shared.b64", "bar.sync"]
 SUMS = ["fma.rn.f32", "cvt.rn.bf16x2.f32"]
 PORTS = ["st.release.sys.global.v2.u64", "atom.acq_rel.gpu.global.add.u64", "ld.acquire.sys.global.s64"]     # triggers, arrivals
-CLAIMS = "atom.relaxed.gpu.global.add.u64"                                  # of packets; and of places in a FIFO
+COUNTS = ["atom.relaxed.gpu.global.add.u64"]                                # of lists; of packets, and of places in a FIFO
 DIVISION = "div.rn.f32"
 QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", "cvt.rn.satfinite.e4m3x2.f32", "st.relaxed.sys.global.u32"]
 
@@ -328,7 +335,7 @@ def test_ptx_is_for_the_gpu_and_the_block(case):
 
 @cases()
 def test_ptx_has_what_is_meant(case):
-    meant = GIVING_UP + OVERLAP + SUMS * case.sums + QUANTIZING * case.quantizes + [*PORTS, CLAIMS] * case.ports
+    meant = GIVING_UP + OVERLAP + SUMS * case.sums + QUANTIZING * case.quantizes + PORTS * case.ports + COUNTS * case.counts
     for role in case.roles:
         meant = meant + MEANT[case.operation, role]
     assert [instruction for instruction in meant if instruction not in case.code.ptx] == []
@@ -336,7 +343,8 @@ def test_ptx_has_what_is_meant(case):
 
 @cases()
 def test_ptx_has_only_what_is_meant(case):
-    absent = SUMS * (not case.sums) + QUANTIZING * (not case.quantizes) + [*PORTS, CLAIMS] * (not case.ports)
+    absent = (SUMS * (not case.sums) + QUANTIZING * (not case.quantizes) + PORTS * (not case.ports)
+              + COUNTS * (not case.counts))
     for role in OF_ONE_ROLE.keys() - case.roles:
         absent = absent + OF_ONE_ROLE[role]
     assert [instruction for instruction in absent if instruction in case.code.ptx] == []

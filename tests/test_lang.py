@@ -21,14 +21,14 @@ from pyep import layout, reference
 from pyep.channels.memory import LAST_EPOCH, next_epoch, previous_epoch, reached
 from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
-from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_release, amax8, ballot, bits_of, block_rank,
-                               clock_ns, div, f32_of, fetch_add8, fetch_add8_relaxed, fma8, lane, ld1_nc_if, ld4_nc, ld4_nc_if,
+from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns,
+                               div, f32_of, fetch_add8, fetch_add8_relaxed, fma8, lane, ld1_nc_if, ld4_nc, ld4_nc_if,
                                ld4_relaxed_if, ld4_shared, ld8, ld8_acquire, ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed,
                                ld8_relaxed_if, ld8_shared, ld16, ld16_if, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if,
-                               lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, present,
-                               previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8, st8_relaxed,
-                               st8_release, st8_shared, st16, st16_relaxed, st16_release, swap8_if, syncthreads, syncthreads_or,
-                               syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
+                               lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, prefetch,
+                               present, previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
+                               st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release, swap8_if, syncthreads,
+                               syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import CUDA, Cpu, Op, bind, i64, op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -134,6 +134,7 @@ def wait_for(address, goal, until):
 
 def who(out):
     """Eight words a thread."""
+    prefetch(out)
     at = out + 64 * my_thread()
     st8(at, thread_rank())
     st8(at + 8, num_threads())
@@ -963,7 +964,7 @@ def test_good_shapes_of_the_cpu(monkeypatch):
     monkeypatch.setenv("PYEP_CPU_SHAPE", "3,64,32")
     assert (CpuEngine().blocks, CpuEngine().machine) == (3, Cpu(64, 32))
     engine = CpuEngine("2,8,4")                     # an argument comes before the environment
-    assert (engine.blocks, engine.machine, engine.threads_for_row(1 << 20), engine.warp) == (2, Cpu(8, 4), 8, 4)
+    assert (engine.blocks, engine.machine, engine.teams(1 << 20, 1), engine.warp) == (2, Cpu(8, 4), (2, 2, 4), 4)
 
 
 def test_engine_runs_its_shape():

@@ -99,9 +99,10 @@ def test_regions_of_halves(shape):
 @given(shapes())
 @example(SMALLEST_FP8)
 def test_data_fits_its_region(shape):
-    (routes, places, rows), (sent_back,) = shape.dispatch(), shape.combine()
+    (routes, places, listed, rows), (sent_back,) = shape.dispatch(), shape.combine()
     ranks, tokens, topk = shape.num_ranks, shape.max_tokens, shape.num_topk
     assert routes.nbytes == places.nbytes == WORD * ranks * tokens * topk
+    assert listed.nbytes == WORD * ranks * tokens
     assert rows.nbytes == ranks * tokens * shape.wire_bytes and rows.item == shape.wire_bytes
     name, count = ("partials", ranks * tokens) if shape.rank_major or shape.weighted else ("outputs", tokens * topk)
     assert (sent_back.name, sent_back.nbytes, sent_back.item) == (name, 2 * count * shape.hidden, shape.row_bytes)
@@ -231,7 +232,8 @@ def test_a_published_shape_by_hand():
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.dispatch()] == [
         ("routes", 0, 32_768),                          # 4 x 128 x 8 words
         ("places", 32_768, 32_768),
-        ("rows", 65_536, 7_340_032),                    # 4 x 128 rows
+        ("listed", 65_536, 4096),                       # 4 x 128 words
+        ("rows", 69_632, 7_340_032),                    # 4 x 128 rows
     ]
     assert [(r.name, r.offset, r.nbytes) for r in PUBLISHED.combine()] == [("outputs", 0, 14_680_064)]  # 128 x 8 rows
     assert PUBLISHED.half_bytes == 14_680_064
@@ -247,7 +249,8 @@ def test_a_published_shape_in_fp8_reduced_by_hand():
     assert [(r.name, r.offset, r.nbytes) for r in shape.dispatch()] == [
         ("routes", 0, 32_768),
         ("places", 32_768, 32_768),
-        ("rows", 65_536, 3_784_704),                    # 4 x 128 rows
+        ("listed", 65_536, 4096),
+        ("rows", 69_632, 3_784_704),                    # 4 x 128 rows
     ]
     assert [(r.name, r.offset, r.nbytes) for r in shape.combine()] == [("partials", 0, 7_340_032)]      # 4 x 128 rows
     assert shape.half_bytes == 7_340_032 and shape.nbytes == 15_093_760         # 413696 + 2 x 7340032
@@ -387,4 +390,4 @@ def test_draw(shape, spare):
     for region in everything:
         lines = [line for line in text.split("\n") if line.split()[:2] == [f"{region.offset:,}", f"{region.nbytes:,}"]]
         assert any(f"  {region.name}" in line and line.endswith(f"x {region.item}, {region.writer}") for line in lines)
-    assert len(text.split("\n")) == 2 + 1 + len(control(1)) + 2 * (1 + 3) + 2 * (1 + 1)
+    assert len(text.split("\n")) == 2 + 1 + len(control(1)) + 2 * (1 + 4) + 2 * (1 + 1)

@@ -32,7 +32,7 @@ def test_every_shape_that_fits_a_half_fits_a_box(shape, spare):
 def test_what_a_box_holds(shape):
     """Of one source as much as a half has of it; rows behind headers, each aligned to 16 bytes."""
     header, routes, places, packets = shape.dispatch_box()
-    half_routes, half_places, half_rows = shape.dispatch()
+    half_routes, half_places, _, half_rows = shape.dispatch()
     assert header.dims[0] * WORD == 16 + WORD * (1 + (1 if shape.rank_major else shape.local_experts))
     assert (routes.dims, places.dims) == (half_routes.dims[1:], half_places.dims[1:])
     assert packets.dims == half_rows.dims[1:] and packets.item == PACKET_HEADER + half_rows.item

@@ -151,12 +151,9 @@ def wait_word(watch, wait, source, address):
     return value if deadline >= 0 else 0
 
 
-def take_word(value, watch, wait, source, address):
-    """Wait for a word of data and take it out of its slot; 0 if it never came.  `value`: what a first look at it has shown."""
-    if value == ABSENT:
-        value = wait_word(watch, wait, source, address)
-    st8_relaxed(address, ABSENT)
-    return value
+def read_word(value, watch, wait, source, address):
+    """Wait for a word of data, and leave it in its slot; 0 if it never came.  `value`: what a first look at it has shown."""
+    return wait_word(watch, wait, source, address) if value == ABSENT else value
 
 
 @rare

@@ -73,17 +73,15 @@ class CpuEngine:
             raise ValueError(f"PYEP_CPU_SHAPE is {text!r}: the warp must be 1, 2, 4, 8, 16 or 32 and divide the threads")
         self.machine, self.warp = Cpu(threads, warp), warp
 
-    def threads_for_row(self, row_bytes):
-        """Threads of a block that moves rows: the shape decides."""
-        return self.machine.threads
+    def teams(self, row_bytes, tokens):
+        """(cuts, teams, threads): how many parts a dispatch cuts a row into, how many teams the warps of a block form, and the
+        threads of each.  More than one in wide shapes, to try it."""
+        teams = 2 if self.machine.threads // self.warp % 2 == 0 else 1
+        return teams, teams, self.machine.threads // teams
 
     def pieces_per_lane(self, row_bytes):
         """How many 16-byte pieces of a row a lane moves for its warp: all, so that a warp looks up once what it does with a row."""
         return -(-row_bytes // (16 * self.machine.warp))
-
-    def cuts(self, threads):
-        """How many parts of a row, each for as many of a block's warps, a sender makes: more than one in wide shapes, to try it."""
-        return 2 if threads // self.warp % 2 == 0 else 1
 
     def neighbours(self, threads):
         """How many warps of a block move slices that lie next to each other."""

@@ -20,14 +20,15 @@ from .op import CUDA, bind
 
 SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a sixth those to more: a row is loaded once for all
 FILLING = 24                    # multiprocessors fill the link with a third of their warps
+WARPS, FEW_WARPS = 28, 14       # of a block at most; with more than 28 a thread would have but 64 registers
+FEW_TOKENS = 8                  # in their operations it counts how soon kernels start, and not how many loads are under way
 REGISTERS = 65536               # of a multiprocessor
 LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
 ROOM = 4                        # multiprocessors that suffice for copies within a GPU
 
 
 def resident_blocks(threads):
-    """How many blocks of so many threads share a multiprocessor: small ones are two, to have as many loads under way as a large
-    one."""
+    """How many blocks of so many threads a multiprocessor must have room for: beside small ones for those of the next kernel."""
     return 2 if threads <= 512 else 1
 
 
@@ -118,17 +119,19 @@ class CudaEngine:
         """Keep some multiprocessors free of all kernels, for copies that run while those wait for them."""
         self.multiprocessors -= ROOM
 
-    def threads_for_row(self, row_bytes):
-        """Threads of a block that moves rows: one 16-byte vector each, as far as a block goes."""
-        return min(1024, -(-row_bytes // 512) * 32)
+    def teams(self, row_bytes, tokens):
+        """(cuts, teams, threads): how many parts a dispatch cuts a row into, how many teams the warps of a block form, and the
+        threads of each, which move a part 16 bytes a thread at a time.
+
+        Few tokens get blocks half as large, so that the next kernel's find room beside.
+        """
+        vectors, warps = -(-row_bytes // 16), FEW_WARPS if tokens <= FEW_TOKENS else WARPS
+        threads = min((32 * n for n in (7, 8, 6, 5)), key=lambda threads: -(-vectors // threads) * threads)
+        return -(-vectors // threads), 32 * warps // threads, threads
 
     def pieces_per_lane(self, row_bytes):
         """How many 16-byte pieces of a row a lane moves for its warp: one, since there are warps enough."""
         return 1
-
-    def cuts(self, threads):
-        """How many parts of a row, each for as many of a block's warps, a sender makes."""
-        return max(n for n in (1, 2, 3, 4, 5) if threads // 32 % n == 0)
 
     def neighbours(self, threads):
         """How many warps of a block move slices that lie next to each other."""
@@ -136,7 +139,7 @@ class CudaEngine:
 
     def phases(self, operation, threads, ranks):
         """(phase, blocks, how many of them send, how many receive) of each launch that an operation may need."""
-        blocks = self.multiprocessors * resident_blocks(threads)
+        blocks = self.multiprocessors
         senders = max(1, blocks // SENDING[ranks > 2]) if operation == "dispatch" else blocks
         receivers = blocks - senders if operation == "dispatch" else blocks
         return ("both", blocks, senders, receivers), ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)

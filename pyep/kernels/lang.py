@@ -123,6 +123,17 @@ def ld8(address):
     """Load 8 bytes; weak."""
 
 
+@op(i64, (i64, i64), ptx="{ .reg .pred p; setp.ne.s64 p, $2, 0; mov.b64 $0, 0; @p ld.global.s64 $0, [$1]; }",
+    cpu=llvm.load_if(llvm.load()))
+def ld8_if(address, wanted):
+    """`ld8` where wanted != 0, else 0 without touching memory."""
+
+
+@op(void, (i64,), ptx="prefetch.global.L1 [$0];")
+def prefetch(address):
+    """Have the line at an address near at hand when this block loads from it."""
+
+
 @op(i64, (i64,), ptx="ld.global.nc.s64 $0, [$1];", cpu=llvm.load(), pure=True)
 def ld8_constant(address):
     """Load 8 bytes that no kernel ever writes.  It may be done early, before `previous_kernel_done`, or once for many."""
@@ -237,6 +248,12 @@ def st16_release(address, first, second):
     """
     st8_relaxed(address, first)
     st8_release(address + 8, second)
+
+
+@op(void, (i64, i64), ptx="st.relaxed.sys.global.s64 [$0], $1;", cpu=llvm.store(order="release"))
+def st8_after_kernels(address, value):
+    """Store 8 bytes after all that the kernels before this one have seen or stored.  On a GPU `previous_kernel_done` has seen to
+    that; a release would take a microsecond all the same."""
 
 
 @op(void, (i64, i64), ptx="red.release.sys.global.add.u64 [$0], $1;", cpu=llvm.add_atomic("release"))

@@ -11,10 +11,10 @@ The kernels are in `low_latency_dispatch`, `low_latency_combine` (direct) and `l
 combines share is in `low_latency_units`.  Between ranks that do not map each other's memory all this holds too: see
 `low_latency_boxes`.
 """
-from ..channels.memory import next_epoch, patience, peer, previous_epoch, tell, wait_count, wait_epoch
+from ..channels.memory import next_epoch, patience, peer, previous_epoch, reached, tell, wait_count, wait_epoch
 from .basics import start
-from .lang import (add8, block_rank, clock_ns, ld4_nc, ld8, ld8_nc, ld8_relaxed, num_blocks, num_threads, st8, st8_release,
-                   syncthreads, syncthreads_or, thread_rank, udiv)
+from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_if, ld8_nc, ld8_relaxed, num_blocks, num_threads,
+                   prefetch, st8, st8_after_kernels, syncthreads, syncthreads_or, thread_rank, udiv, warp_size)
 from .low_latency_boxes import count_slot, counts_for, is_port_peer
 from .low_latency_ship import consumed_here, tell_consumed
 
@@ -29,8 +29,8 @@ WEIGHTED = 0                                    # 1: topk_weights travel with th
 SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
 NEIGHBOURS = 1                                  # warps of a block that take slices next to each other: divides them
 PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp in a combine
-EPOCH = CONSUMED = FAILED = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
-PLACES = ROWS = 0                               # offsets in a half, see pyep.layout.LowLatency.dispatch
+EPOCH = CONSUMED = FAILED = PEERS = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
+PLACES = LISTED = ROWS = 0                      # offsets in a half, see pyep.layout.LowLatency.dispatch
 
 COMBINE = 1 << 31                               # in the word that tells that an operation has begun: it is a combine
 
@@ -47,13 +47,22 @@ def this_epoch(base, lag):
     return previous_epoch(epoch) if lag > 0 else epoch
 
 
-def enter(base, lag, half_bytes, timeout):
+def enter(base, me, lag, half_bytes, timeout, proxy):
     """How every kernel begins: its watch (see `channels.memory`), the offset of its half, and this block's index among the senders
-    (one of them if below SENDERS) and among the receivers (one of them if not negative)."""
+    (one of them if below SENDERS) and among the receivers (one of them if not negative).
+
+    lag: operations sent before this one and not yet received (their hooks are still to be called): 0 or 1.
+    proxy: the number of the wait for room in a proxy's FIFO.
+    """
     start()
+    if thread_rank() == 0:
+        prefetch(base + PEERS)                                   # for all who will ask for the address of a peer
     epoch = this_epoch(base, lag)
+    watch = base, timeout, epoch
+    if SENDERS > 0:
+        tell_all_consumed(watch, proxy, me, consumed_here(epoch, lag))
     half = CONTROL_BYTES + (epoch & 1) * half_bytes
-    return (base, timeout, epoch), half, block_rank(), block_rank() - num_blocks() + RECEIVERS
+    return watch, half, block_rank(), block_rank() - num_blocks() + RECEIVERS
 
 
 def end_epoch(base, epoch):
@@ -66,29 +75,61 @@ def end_epoch(base, epoch):
             block += num_blocks() * num_threads()
 
 
-def begin(watch, wait, me, lag):
-    """Tell every rank what is consumed here, and wait until all ranks have consumed what this operation overwrites.
+# ---- may one send? ---------------------------------------------------------------------------------------------------
 
-    `lag`: operations sent before this one and not yet received (their hooks are still to be called): 0 or 1.
-    Returns 1, or 0 if a rank has not: then nothing may be sent.  The block meets here: what it loads and lists before costs no
-    time.
-    """
-    base, _, epoch = watch
-    consumed = consumed_here(epoch, lag)
-    rank = thread_rank()
-    while rank < RANKS and block_rank() == num_blocks() - 1:     # the last block: the first ones have rows to send
+def tell_all_consumed(watch, proxy, me, consumed):
+    """Tell every rank the epoch that is consumed here.  The last block does: the first ones have rows to send."""
+    base, _, _ = watch
+    rank = num_threads() - 1 - thread_rank()
+    while rank < RANKS and block_rank() == num_blocks() - 1:
         if is_port_peer(base, rank):
-            tell_consumed(watch, DISPATCH_PROXY if wait == DISPATCH_CONSUMED else COMBINE_PROXY, me, rank, consumed)
+            tell_consumed(watch, proxy, me, rank, consumed)
         else:
-            st8_release(peer(base, rank) + CONSUMED + LINE * me, consumed)
+            st8_after_kernels(peer(base, rank) + CONSUMED + LINE * me, consumed)
         rank += num_threads()
+
+
+def look_at_consumed(base, rank):
+    """First looks, for `begin` and `begin_warp`: whether an operation before this one failed; the epoch that a rank has consumed.
+
+    Plain loads: a multiprocessor makes one trip for all its threads, and that what they see may be old is no harm.
+    """
+    return ld8_if(base + FAILED, rank < RANKS), ld8_if(base + CONSUMED + LINE * rank, rank < RANKS)
+
+
+def any_missing(watch, wait, look, rank, stride):
+    """Wait until ranks have consumed what this operation overwrites: 0, or 1 if one has not, or an operation failed.  A thread
+    waits for `rank`, which it has looked at, and for each that is `stride` further on."""
+    base, _, epoch = watch
+    goal = previous_epoch(previous_epoch(epoch))
+    failed, consumed = look
     missing = 0
-    rank = num_threads() - 1 - thread_rank()                     # the last warp: the first ones have lists to make
     while rank < RANKS:
-        missing |= ld8_relaxed(base + FAILED)                    # an operation before this one failed: send nothing more
-        missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + LINE * rank, previous_epoch(previous_epoch(epoch)))
-        rank += num_threads()
-    return 1 - syncthreads_or(missing)
+        missing |= failed
+        if not reached(consumed, goal):
+            missing |= 1 - wait_epoch(watch, wait, rank, base + CONSUMED + LINE * rank, goal)
+        rank += stride
+        failed, consumed = look_at_consumed(base, rank)
+    return missing
+
+
+def begin(watch, wait, look):
+    """Wait until all ranks have consumed what this operation overwrites.
+
+    Returns 1, or 0 if a rank has not, or an operation failed: then nothing may be sent.  The block meets here: what it loads and
+    lists before costs no time.  The last warp waits, the first ones have lists to make.  look: `look_at_consumed` of `last_first`.
+    """
+    return 1 - syncthreads_or(any_missing(watch, wait, look, last_first(), num_threads()))
+
+
+def begin_warp(watch, wait, look):
+    """The same for a warp that shares nothing with others of its block: they need not meet.  look: `look_at_consumed` of `lane`."""
+    return 1 if ballot(any_missing(watch, wait, look, lane(), warp_size())) == 0 else 0
+
+
+def last_first():
+    """This thread's rank in its block, counted from the last thread."""
+    return num_threads() - 1 - thread_rank()
 
 
 def tell_begun(part, watch, me, what):

@@ -7,7 +7,7 @@ from .basics import add_entry, list_bytes, num_warps, warp_rank
 from .lang import (lane, ld4_nc_if, ld8_nc_if, ld8_shared, present, shared, st8, st8_shared, st16, st16_relaxed, syncwarp,
                    to_bf16, udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_OUTPUT, COMBINE_PROXY, INDEX_BYTES, LOCAL_EXPERTS, MAX_TOKENS,
-                          PER_LANE, RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, tell_begun)
+                          PER_LANE, RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin_warp, end_epoch, enter, look_at_consumed, tell_begun)
 from .low_latency_boxes import PACKET_BYTES, PACKET_HEADER, PORTS, is_port_peer, packet_for
 from .low_latency_ship import ship
 from .low_latency_sums import NOT_ADDED, four_words, load_ahead, load_four, sum_listed
@@ -62,16 +62,17 @@ def outputs_for(watch, me, half, rows, count, unit, packet_of):
     return peer(watch[0], source_of(unit, me)) + half + token_of(unit) * TOPK * ROW_BYTES, ROW_BYTES
 
 
-def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, packet_of):
+def send_outputs(part, parts, watch, me, half, y, row_of, sent, packet_of):
     """The output of every row this rank received, back to the slot of its (token, k) on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
     """
     rows = shared() + warp_rank() * list_bytes(TOPK)
+    look = look_at_consumed(watch[0], lane())
     unit = first_unit(part, parts)
     count = list_unit(rows, unit, me, y, row_of, 0, sent)
     ahead = load_ahead(rows, unit, count)
-    if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
+    if begin_warp(watch, COMBINE_CONSUMED, look) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
@@ -82,8 +83,9 @@ def send_outputs(part, parts, watch, me, lag, half, y, row_of, sent, packet_of):
                 copy_listed(ahead if piece == 0 else load_four(rows, offset, count), rows, count, outputs, stride, offset)
         syncwarp()
         unit += parts * num_warps()
-        count = list_unit(rows, unit, me, y, row_of, 0, sent)
-        ahead = load_ahead(rows, unit, count)
+        if unit < units():
+            count = list_unit(rows, unit, me, y, row_of, 0, sent)
+            ahead = load_ahead(rows, unit, count)
     syncwarp()                                                   # the list's memory is used again
 
 
@@ -133,10 +135,10 @@ def sum_outputs(part, parts, watch, me, half, y, topk_idx, topk_weights, selecte
 def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_tokens, wait_stats, row_of, sent,
             packet_of, selected, out):
     """The kernel.  y [L, R*M, H] bf16; row_of, sent, packet_of and selected as `dispatch` left them; out [T, H] bf16."""
-    watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
+    watch, half, sender, receiver = enter(base, me, lag, half_bytes, timeout, COMBINE_PROXY)
     if SENDERS > 0:
         if sender < SENDERS:
-            send_outputs(sender, SENDERS, watch, me, lag, half, y, row_of, sent, packet_of)
+            send_outputs(sender, SENDERS, watch, me, half, y, row_of, sent, packet_of)
         if PORTS:
             ship(watch, COMBINE_PROXY, me, lag, packet_of + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:

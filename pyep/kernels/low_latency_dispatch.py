@@ -6,22 +6,26 @@ wants it, or in the rank-major layout to the one place that it gets.
 """
 from ..channels.memory import peer, take4, take16
 from .basics import after, lanes_before, num_warps, warp_rank
-from .lang import (ballot, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, num_threads, popc, present,
+from .lang import (ballot, lane, ld4_relaxed_if, ld8_shared, ld16_nc_if, ld16_relaxed_if, popc, present,
                    shared, st1, st4, st4_relaxed, st8_shared, st16, st16_relaxed, syncthreads, syncwarp, thread_rank, to_e4m3,
                    udiv, umod, warp_size)
 from .low_latency import (DATA_BYTES, DISPATCH_CONSUMED, DISPATCH_PROXY, DISPATCH_ROW, FP8, INDEX_BYTES, MAX_TOKENS, RANK_MAJOR,
-                          RANKS, RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, begin, end_epoch, enter, selections,
-                          selects)
-from .low_latency_announce import (LOCAL_GROUPS, add_up_counts, announce, clear_tails, measure_waits, place_selections, place_token,
-                                   read_counts, take_selections, take_token, wait_for_tokens)
+                          RANKS, RECEIVERS, ROW_BYTES, ROWS, SENDERS, TOPK, UE8M0, WIRE_BYTES, begin, end_epoch, enter, last_first,
+                          look_at_consumed, selections, selects)
+from .low_latency_announce import LOCAL_GROUPS, announce
 from .low_latency_boxes import CLAIMS, PORTS, claim_row
+from .low_latency_listing import (add_up_counts, clear_tails, clear_words, count_list, list_selections, list_token, measure_waits,
+                                  place_selections, place_token, read_counts, wait_for_tokens)
 from .low_latency_ship import ship
 from .low_latency_unpack import unpack_dispatch
 from .quantize import PIECES, block_amax, factor_of, first_piece, lanes_per_block, load_piece, scale_of, span
 
-CUTS = 1                                        # parts that a row is cut into for the senders: divides a block's warps
+CUTS = 1                                        # parts that the senders cut a row into
 CUT_BYTES = 0                                   # of one of them
-TEAM_THREADS = 0                                # a block's threads / CUTS
+TEAMS = 1                                       # of a block's warps
+TEAM_THREADS = 0                                # of each
+TAKEN_CUTS = TAKING_TEAMS = 1                   # the same for receivers
+TAKEN_CUT_BYTES = TAKING_THREADS = 0
 
 # ---- send ------------------------------------------------------------------------------------------------------------
 
@@ -94,8 +98,13 @@ def send_fp8(slot, half, row, offset, low, high):
             store_word_to_all(slot, half + scale_offset(offset), scale)
 
 
-# Rows are sent in *cuts*, CUTS to a row, numbered through.  The block's threads are as many *teams*, which take cuts in turn: so
-# all blocks end together, though tokens have more and less to send.
+# Rows are sent in *cuts*, CUTS to a row, numbered through.  The block's warps form *teams*, which take cuts in turn: so all blocks
+# end together, though tokens have more and less to send.
+
+
+def in_team(teams, threads):
+    """(This thread's team, its rank in it), where there are so many teams of so many threads."""
+    return (udiv(thread_rank(), threads), umod(thread_rank(), threads)) if teams > 1 else (0, thread_rank())
 
 
 def team_bytes():
@@ -110,7 +119,7 @@ def row_of_cut(x, cut):
 
 def offset_in_row(cut, done):
     """Where in that row (counted in the bytes that travel) a thread is once its team has done so many bytes of the cut."""
-    rank = umod(thread_rank(), TEAM_THREADS)
+    _, rank = in_team(TEAMS, TEAM_THREADS)
     return umod(cut, CUTS) * CUT_BYTES + done + (first_piece(rank) if FP8 else 16 * rank)
 
 
@@ -124,15 +133,16 @@ def look_at(x, cut, done, num_tokens):
     return value, value
 
 
-def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
+def send_rows(part, parts, watch, me, half, x, topk_idx, num_tokens):
     """Each token to every rank that wants it: a warp lists the destinations of a cut's token, then the teams send the warps'
     cuts.  A thread loads what it sends next before it stores the last, so that no store waits for memory."""
     stride = 8 * (1 + RANKS)                                     # per warp in shared memory: count, addresses
-    warps, warp, team = num_warps(), warp_rank(), udiv(thread_rank(), TEAM_THREADS)
+    warps, warp, (team, _) = num_warps(), warp_rank(), in_team(TEAMS, TEAM_THREADS)
     end = shared() + warps * stride
     cuts = num_tokens * CUTS
     first, cut, done = part, part + team * parts, 0
-    if PORTS and begin(watch, DISPATCH_CONSUMED, me, lag) == 0:
+    look = look_at_consumed(watch[0], last_first())
+    if PORTS and begin(watch, DISPATCH_CONSUMED, look) == 0:
         return
     low, high = look_at(x, cut, done, num_tokens)
     while first < cuts or first == part:
@@ -144,7 +154,7 @@ def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
             st8_shared(shared() + warp * stride, count)
         if PORTS or first > part:
             syncthreads()
-        elif begin(watch, DISPATCH_CONSUMED, me, lag) == 0:
+        elif begin(watch, DISPATCH_CONSUMED, look) == 0:
             return
         slot = shared() + team * stride
         while cut < cuts and slot < end:
@@ -152,8 +162,8 @@ def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
             done += team_bytes()
             if done >= CUT_BYTES:
                 done = 0
-                cut += CUTS * parts
-                slot += CUTS * stride
+                cut += TEAMS * parts
+                slot += TEAMS * stride
             low, high = look_at(x, cut, done, num_tokens)
             if FP8:
                 send_fp8(at, half, row, offset, first_half, second_half)
@@ -164,18 +174,26 @@ def send_rows(part, parts, watch, me, lag, half, x, topk_idx, num_tokens):
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------
+# A unit is a (source, token) pair.  They are numbered token by token, nearest source first, as rows arrive.
 
-def source_of(unit, me):
-    """Units are (token, source) pairs, token by token, nearest source first, as rows arrive: the source of one."""
-    return after(me, RANKS - 1 - umod(unit + RANKS - 1, RANKS))
+def unit_of(cut, me):
+    """The unit that a cut is part of: (source, token)."""
+    unit = udiv(cut, TAKEN_CUTS)
+    return after(me, RANKS - 1 - umod(unit + RANKS - 1, RANKS)), udiv(unit, RANKS)
 
 
-def row_slot(watch, me, half, x, unit):
-    """Where the row of a unit arrives."""
-    token, source = udiv(unit, RANKS), source_of(unit, me)
+def row_slot(watch, me, half, x, cut):
+    """Where the row of a cut arrives."""
+    source, token = unit_of(cut, me)
     if reads_own_x() and source == me:
         return x + token * ROW_BYTES
     return watch[0] + half + ROWS + (source * MAX_TOKENS + token) * WIRE_BYTES
+
+
+def offset_in_wire_row(cut, done):
+    """Where in that row a thread is once its team has done so many bytes of the cut."""
+    _, rank = in_team(TAKING_TEAMS, TAKING_THREADS)
+    return umod(cut, TAKEN_CUTS) * TAKEN_CUT_BYTES + done + 16 * rank
 
 
 def take_row(look, watch, me, source, address):
@@ -226,76 +244,90 @@ def deliver_scale(slot, offset, scale, scales):
             st4(scales + 4 * ((group * blocks + block) * rows + row - group * rows), scale)
 
 
-def take_unit(entries, watch, me, half, unit, units, row_of, weight_of, recv_stats):
-    """A warp takes what was told about a unit and lists it, first step: how many rows it gets here."""
-    token, source = udiv(unit, RANKS), source_of(unit, me)
-    count = 0
-    if unit < units:
+def list_cut(entries, watch, me, half, cut, cuts, row_of, weight_of, recv_stats):
+    """A warp lists the unit of a cut, first step: (source, token, how many rows it gets here or -1 if there is no such token)."""
+    source, token = unit_of(cut, me)
+    keeps = umod(cut, TAKEN_CUTS) == 0
+    count = -1
+    if cut < cuts:
         tokens, route, place = wait_for_tokens(watch, half, source, token)
         if token < tokens and RANK_MAJOR:
-            count = take_token(entries, watch, me, half, source, token, route, place, row_of, recv_stats)
+            count = list_token(entries, watch, me, half, source, token, route, place, keeps, row_of, recv_stats)
         elif token < tokens:
-            count = take_selections(entries, watch, me, half, source, token, route, place, row_of, weight_of)
-    return count
+            count = list_selections(entries, watch, me, half, source, token, route, place, keeps, row_of, weight_of)
+    return source, token, count
 
 
-def place_unit(entries, count, watch, me, unit, src_info, row_of, recv_topk_idx, recv_topk_weights):
+def place_cut(entries, count, watch, me, cut, src_info, row_of, recv_topk_idx, recv_topk_weights):
     """Second step: its rows, and before the entries their count."""
-    token, source = udiv(unit, RANKS), source_of(unit, me)
+    source, token = unit_of(cut, me)
+    keeps = umod(cut, TAKEN_CUTS) == 0
     if lane() == 0:
-        st8_shared(entries - 8, count)
+        st8_shared(entries - 8, count if count > 0 else 0)
     syncwarp()
     if RANK_MAJOR and count > 0:
-        place_token(entries, source, token, src_info, row_of, recv_topk_idx, recv_topk_weights)
+        place_token(entries, source, token, keeps, src_info, row_of, recv_topk_idx, recv_topk_weights)
     elif count > 0:
-        place_selections(entries, count, watch, source, token, src_info, row_of)
+        place_selections(entries, count, watch, source, token, keeps, src_info, row_of)
+
+
+def exists(cut, cuts, me):
+    """Whether there is a token that a cut is part of, once all counts are read."""
+    source, token = unit_of(cut, me)
+    return cut < cuts and token < ld8_shared(shared() + 8 * source)
 
 
 def receive_rows(part, parts, watch, me, half, x, recv_x, scales, recv_count, src_info, layout_range, row_of, sent,
                  weight_of, recv_topk_idx, recv_stats):
-    """Rows in the order in which they arrive.  A warp lists where a row goes, then the block copies the warps' rows.
+    """Rows in the order in which they arrive, cut as for the senders: one delivers a row to many places no faster than its
+    multiprocessor can store.  A warp lists where a cut goes, then the teams copy the warps' cuts.
 
     A thread has a first look at its next 16 bytes before it stores the last ones.
     """
     lists = shared() + 8 * RANKS * (1 + LOCAL_GROUPS)
     stride = 8 * (2 + TOPK)                                      # per warp: count, entries, place
-    warps, warp = num_warps(), warp_rank()
+    warps, warp, (team, _) = num_warps(), warp_rank(), in_team(TAKING_TEAMS, TAKING_THREADS)
     entries, end = lists + warp * stride + 8, lists + warps * stride
-    units = MAX_TOKENS * RANKS
-    unit = part
-    while unit < units:
-        listed = unit + warp * parts
-        count = take_unit(entries, watch, me, half, listed, units, row_of, weight_of, recv_stats)
-        if unit == part:
-            units = read_counts(part, watch, sent) * RANKS
-        slot, done = lists, 0
-        row, offset = row_slot(watch, me, half, x, unit), 16 * thread_rank()
+    cuts = MAX_TOKENS * RANKS * TAKEN_CUTS
+    first = part
+    while first < cuts:
+        listed = first + warp * parts
+        source, token, count = list_cut(entries, watch, me, half, listed, cuts, row_of, weight_of, recv_stats)
+        before = count_list(watch, half, source, token) if count >= 0 else TAKEN_CUTS
+        if TAKEN_CUTS == 1:
+            clear_words(watch, half, source, token, before)
+        if first == part:
+            cuts = read_counts(part, watch, sent) * RANKS * TAKEN_CUTS
+        slot, cut, done = lists + team * stride, first + team * parts, 0
+        row, offset = row_slot(watch, me, half, x, cut), offset_in_wire_row(cut, done)
         # A first look before it is known whether the row comes here: what does has come about when the counts have.
-        exists = unit < units and udiv(unit, RANKS) < ld8_shared(shared() + 8 * source_of(unit, me))
-        look, scale_look = look_at_row(row, offset, exists)
-        if unit == part:
+        look, scale_look = look_at_row(row, offset, exists(cut, cuts, me))
+        if first == part:
             add_up_counts(part, recv_count, layout_range, sent, recv_stats)
             if RANK_MAJOR:
                 clear_tails(part, parts, recv_topk_idx, weight_of)
-        place_unit(entries, count, watch, me, listed, src_info, row_of, recv_topk_idx, weight_of)
+        place_cut(entries, count, watch, me, listed, src_info, row_of, recv_topk_idx, weight_of)
         syncthreads()
-        while unit < units and slot < end:
-            at, at_row, at_offset, source, value, scale = slot, row, offset, source_of(unit, me), look, scale_look
-            done += 16 * num_threads()
-            if done >= DATA_BYTES:
+        if TAKEN_CUTS > 1:                                       # only here, by when `before` has come
+            clear_words(watch, half, source, token, before)
+        while cut < cuts and slot < end:
+            at, at_cut, at_row, at_offset, value, scale = slot, cut, row, offset, look, scale_look
+            done += 16 * TAKING_THREADS
+            if done >= TAKEN_CUT_BYTES:
                 done = 0
-                unit += parts
-                slot += stride
-                row = row_slot(watch, me, half, x, unit)
-            offset = done + 16 * thread_rank()
-            if unit < units and slot < end:
+                cut += TAKING_TEAMS * parts
+                slot += TAKING_TEAMS * stride
+            if cut < cuts and slot < end:
+                row, offset = row_slot(watch, me, half, x, cut), offset_in_wire_row(cut, done)
                 look, scale_look = look_at_row(row, offset, ld8_shared(slot) > 0)
             if at_offset < DATA_BYTES and ld8_shared(at) > 0:
-                deliver(at, at_offset, take_row(value, watch, me, source, at_row + at_offset), recv_x)
+                sender, _ = unit_of(at_cut, me)
+                deliver(at, at_offset, take_row(value, watch, me, sender, at_row + at_offset), recv_x)
                 if has_scale(at_offset):
-                    scale = take4(scale, watch, DISPATCH_ROW, source, at_row + scale_offset(at_offset))
+                    scale = take4(scale, watch, DISPATCH_ROW, sender, at_row + scale_offset(at_offset))
                     deliver_scale(at, at_offset, scale, scales)
         syncthreads()
+        first += parts * warps
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -313,15 +345,15 @@ def dispatch(base, me, half_bytes, timeout, lag, x, topk_idx, topk_weights, num_
                    index of the first packet for a source's token; at M, how many packets that box has
     selected       [M, K] int64: the experts of this rank's own selections, or -1
     """
-    watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
+    watch, half, sender, receiver = enter(base, me, lag, half_bytes, timeout, DISPATCH_PROXY)
     if SENDERS > 0:
         announcer, announcers = sender, SENDERS
         if RECEIVERS > 0:                                        # they have nothing to do yet
             announcer, announcers = receiver, RECEIVERS
         if announcer >= 0:
-            announce(announcer, announcers, watch, me, lag, half, topk_idx, topk_weights, num_tokens, selected)
+            announce(announcer, announcers, watch, me, half, topk_idx, topk_weights, num_tokens, selected)
         if sender < SENDERS:
-            send_rows(sender, SENDERS, watch, me, lag, half, x, topk_idx, num_tokens)
+            send_rows(sender, SENDERS, watch, me, half, x, topk_idx, num_tokens)
         if PORTS:
             ship(watch, DISPATCH_PROXY, me, lag, base + CLAIMS, 8)
     if RECEIVERS > 0:

@@ -9,7 +9,7 @@ from .basics import add_entry, list_bytes, num_warps, warp_rank
 from .lang import (lane, ld16_nc, ld16_nc_if, ld4_relaxed_if, ld8_nc, present, shared, st8, st16, st16_relaxed, syncwarp, to_bf16,
                    udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_CONSUMED, COMBINE_PARTIAL, COMBINE_PROXY, MAX_TOKENS, PER_LANE, RANK_MAJOR, RANKS,
-                          RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin, end_epoch, enter, selects, tell_begun)
+                          RECEIVERS, ROW_BYTES, SENDERS, TOPK, begin_warp, end_epoch, enter, look_at_consumed, selects, tell_begun)
 from .low_latency_boxes import PACKET_HEADER, PORTS, is_port_peer, packet_for
 from .low_latency_ship import ship
 from .low_latency_sums import load_ahead, load_four, partial, reduces, sum_listed
@@ -39,16 +39,17 @@ def partial_for(watch, me, half, unit, token, i, exists):
     return peer(watch[0], source) + half + slot
 
 
-def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent, packet_of):
+def send_partials(part, parts, watch, me, half, y, row_of, weight_of, sent, packet_of):
     """The partial of every token that has rows here, to slot [me][token] on the token's rank.
 
     The first rows are loaded before it is known that their slots are free.
     """
     rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
+    look = look_at_consumed(watch[0], lane())
     unit = first_unit(part, parts)
     count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
     ahead = load_ahead(rows, unit, count)
-    if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
+    if begin_warp(watch, COMBINE_CONSUMED, look) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
@@ -60,8 +61,9 @@ def send_partials(part, parts, watch, me, lag, half, y, row_of, weight_of, sent,
                 st16_relaxed(slot + offset, present(partial(values, rows, count, offset)))
         syncwarp()
         unit += parts * num_warps()
-        count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
-        ahead = load_ahead(rows, unit, count)
+        if unit < units():
+            count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
+            ahead = load_ahead(rows, unit, count)
     syncwarp()                                                   # the list's memory is used again
 
 
@@ -75,12 +77,13 @@ def look_up_row(unit, me, y, src_info, sent):
     return value, token, tokens_here(unit, me, sent)
 
 
-def send_rows(part, parts, watch, me, lag, half, y, src_info, sent):
+def send_rows(part, parts, watch, me, half, y, src_info, sent):
     """Rank-major: every row of y to slot [me][its token] on the token's rank.  The next unit is looked up before one is stored.
     In the box for a port peer rows lie as in y."""
+    look = look_at_consumed(watch[0], lane())
     unit = first_unit(part, parts)
     next_value, next_token, next_tokens = look_up_row(unit, me, y, src_info, sent)
-    if begin(watch, COMBINE_CONSUMED, me, lag) == 0:
+    if begin_warp(watch, COMBINE_CONSUMED, look) == 0:
         return
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
@@ -142,12 +145,12 @@ def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stat
                     selected, out):
     """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, packet_of and
     selected as `dispatch` left them; out [T, H] bf16."""
-    watch, half, sender, receiver = enter(base, lag, half_bytes, timeout)
+    watch, half, sender, receiver = enter(base, me, lag, half_bytes, timeout, COMBINE_PROXY)
     if SENDERS > 0:
         if RANK_MAJOR and sender < SENDERS:
-            send_rows(sender, SENDERS, watch, me, lag, half, y, src_info, sent)
+            send_rows(sender, SENDERS, watch, me, half, y, src_info, sent)
         elif sender < SENDERS:
-            send_partials(sender, SENDERS, watch, me, lag, half, y, row_of, weight_of, sent, packet_of)
+            send_partials(sender, SENDERS, watch, me, half, y, row_of, weight_of, sent, packet_of)
         if PORTS and RANK_MAJOR:
             ship(watch, COMBINE_PROXY, me, lag, sent, 8)
         elif PORTS:

@@ -23,7 +23,7 @@ SHAPE = 0                                       # the fingerprint of the shape
 
 def consumed_here(epoch, lag):
     """The epoch that this rank has consumed when it begins operation `epoch`: that of the latest one read to the end.  `lag`: see
-    `begin`."""
+    `enter`."""
     before = previous_epoch(epoch)
     return previous_epoch(before) if lag > 0 else before
 
