@@ -23,12 +23,12 @@ from pyep.kernels import cache, lang
 from pyep.kernels.cpu import CpuEngine, CpuKernel
 from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_release, amax8, ballot, bits_of, block_rank, clock_ns,
                                div, f32_of, fetch_add8, fetch_add8_relaxed, fma8, lane, ld1_nc_if, ld4_nc, ld4_nc_if,
-                               ld4_relaxed_if, ld4_shared, ld8, ld8_acquire, ld8_constant, ld8_nc, ld8_nc_if, ld8_relaxed,
+                               ld4_relaxed_if, ld4_shared, ld8, ld8_acquire, ld8_constant, ld8_if, ld8_nc, ld8_nc_if, ld8_relaxed,
                                ld8_relaxed_if, ld8_shared, ld16, ld16_if, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if,
                                lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, prefetch,
                                present, previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
-                               st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release, swap8_if, syncthreads,
-                               syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
+                               st8_after_kernels, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release,
+                               swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import CUDA, Cpu, Op, bind, i64, op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -212,6 +212,7 @@ def widths(source, target):
     st8(b + 152, ld4_relaxed_if(a + 148, 1))
     st8(b + 160, ld4_relaxed_if(1, 0))              # no such address
     st8(b + 168, ld8_constant(a + 168))
+    st8_after_kernels(b + 176, ld8(a + 176))
 
 
 @everywhere
@@ -226,16 +227,16 @@ def test_widths(shape):
         expected[:, 6:16] = source[:, 6:16]
         words[:, 33] = halves[:, 32]
         expected.view(np.uint8)[:, 146] = source.view(np.uint8)[:, 144]
-        expected[:, 19], expected[:, 20], expected[:, 21] = source.view(np.uint32)[:, 37], 0, source[:, 21]
+        expected[:, 19], expected[:, 20], expected[:, 21:23] = source.view(np.uint32)[:, 37], 0, source[:, 21:23]
         run(widths, shape, source, target)
         np.testing.assert_array_equal(target, expected)
 
 
 def wanted_rows(rows, offsets, wanted, n, out):
-    """What is at each offset that is wanted, by every load that can be told not to; ten words an entry."""
+    """What is at each offset that is wanted, by every load that can be told not to; eleven words an entry."""
     i = my_thread()
     while i < n:
-        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 80 * i
+        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 88 * i
         st16(at, ld16_relaxed_if(address, want))
         st16(at + 16, ld16_nc_if(address, want))
         st8(at + 32, ld8_relaxed_if(address, want))
@@ -243,6 +244,7 @@ def wanted_rows(rows, offsets, wanted, n, out):
         st8(at + 48, ld4_nc_if(address, want))
         st8(at + 56, ld1_nc_if(address + 2, want))
         st16(at + 64, ld16_if(address, want))
+        st8(at + 80, ld8_if(address, want))
         i += all_threads()
 
 
@@ -250,13 +252,14 @@ def wanted_rows(rows, offsets, wanted, n, out):
 def test_unwanted_memory_is_not_touched(shape):
     for seed in range(20):
         wanted = filled([0, 1, 0, -1, 2**32, 2**63 - 1, 0, -2**63])    # also where the low half is 0
-        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 10, fill=5)
+        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 11, fill=5)
         offsets = filled(np.where(wanted, 16 * np.arange(len(wanted)), FAR))
         run(wanted_rows, shape, rows, offsets, wanted, len(wanted), out)
         signed = rows.view(np.int32)[:, :1]
         there = np.concatenate([rows, rows, rows[:, :1], rows[:, :1], signed, rows.view(np.uint8)[:, 2:3]], axis=1)
         np.testing.assert_array_equal(out[:, :8], np.where(wanted[:, None] != 0, there, 0))
-        np.testing.assert_array_equal(out[:, 8:], np.where(wanted[:, None] != 0, rows, 0))
+        np.testing.assert_array_equal(out[:, 8:10], np.where(wanted[:, None] != 0, rows, 0))
+        np.testing.assert_array_equal(out[:, 10], np.where(wanted != 0, rows[:, 0], 0))
 
 
 # ---- memory that several threads write -------------------------------------------------------------------------------
