@@ -28,7 +28,8 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, prefetch,
                                present, previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
                                st8_after_kernels, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release,
-                               swap8_if, syncthreads, syncthreads_or, syncwarp, thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
+                               swap8_if, syncthreads, syncthreads_or, syncwarp,
+                               thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import CUDA, Cpu, Op, bind, i64, op
 
 # Machine code that waits for ever cannot be interrupted; the process can be ended.
@@ -233,10 +234,10 @@ def test_widths(shape):
 
 
 def wanted_rows(rows, offsets, wanted, n, out):
-    """What is at each offset that is wanted, by every load that can be told not to; eleven words an entry."""
+    """What is at each offset that is wanted, by every load that can be told not to; twelve words an entry."""
     i = my_thread()
     while i < n:
-        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 88 * i
+        address, want, at = rows + ld8(offsets + 8 * i), ld8(wanted + 8 * i), out + 96 * i
         st16(at, ld16_relaxed_if(address, want))
         st16(at + 16, ld16_nc_if(address, want))
         st8(at + 32, ld8_relaxed_if(address, want))
@@ -252,7 +253,7 @@ def wanted_rows(rows, offsets, wanted, n, out):
 def test_unwanted_memory_is_not_touched(shape):
     for seed in range(20):
         wanted = filled([0, 1, 0, -1, 2**32, 2**63 - 1, 0, -2**63])    # also where the low half is 0
-        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 11, fill=5)
+        rows, out = random_words(seed, len(wanted), 2), memory(len(wanted), 12, fill=5)
         offsets = filled(np.where(wanted, 16 * np.arange(len(wanted)), FAR))
         run(wanted_rows, shape, rows, offsets, wanted, len(wanted), out)
         signed = rows.view(np.int32)[:, :1]
