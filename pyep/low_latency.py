@@ -164,7 +164,7 @@ def make_plan(engine, shape, index_bytes, rank, ports=0):
     for operation, kernel, moved in (("dispatch", dispatch, shape),
                                      ("combine", combine_reduced if shape.reduced else combine, in_bf16)):
         values, row_bytes = constants(moved, index_bytes, ports) | box_constants(operation, moved), moved.data_bytes
-        _, count, team = teams = engine.teams(row_bytes, shape.max_tokens)
+        _, count, team = teams = engine.teams(row_bytes, shape.num_ranks * shape.max_tokens)
         threads = count * team
         for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders

@@ -97,11 +97,8 @@ class Gpu(Notes, cuda.CudaEngine):
         self.index, self.cc, self.multiprocessors = 0, (9, 0), MULTIPROCESSORS
 
 
-class OneThread(Notes, CpuEngine):
-    """The engine of the CPU in its usual shape."""
-
-    def __init__(self):
-        super().__init__("1,1,1")
+class OnCpu(Notes, CpuEngine):
+    """The engine of the CPU."""
 
 
 def launches(engine, shape, index_bytes, ports=0):
@@ -295,6 +292,24 @@ def test_launches(shape, data, rank_major, weighted):
         assert 0 < launch.shared_bytes <= BLOCK_SHARED
         assert launch.resident * (launch.shared_bytes + SYSTEM_SHARED) <= SHARED
         assert launch.overlap
+
+
+@pytest.mark.parametrize("hidden", [8, 128, 1024, 2560, 4096, 5120, 7168, 8192, 16384])
+@pytest.mark.parametrize("data", ["bf16", "fp8"])
+@pytest.mark.parametrize("rank_major", [False, True], ids=["expert-major", "rank-major"])
+@pytest.mark.parametrize("tokens, ports", [(1, 0), (128, 0), (128, 1)])
+@pytest.mark.parametrize("engine", [Gpu(), OnCpu("2,24,4"), OnCpu("1,1,1")], ids=["gpu", "wide", "narrow"])
+def test_cuts_are_whole_rows(engine, hidden, data, rank_major, tokens, ports):
+    """Cuts cover a row, none of them in vain; teams are all of a block's warps; a cut is a whole number of what a team moves."""
+    shape = LowLatency(4, tokens, max(hidden, 128) if data == "fp8" else hidden, 256, 8, data=data, rank_major=rank_major, weighted=rank_major)
+    for which, launch in launches(engine, shape, 8, ports).items():
+        c, warps = launch.constants, launch.threads // engine.warp
+        for cuts, nbytes, teams, threads in ([c[name] for name in ("CUTS", "CUT_BYTES", "TEAMS", "TEAM_THREADS")],
+                                             [c[f"TAK{name}"] for name in ("EN_CUTS", "EN_CUT_BYTES", "ING_TEAMS", "ING_THREADS")]):
+            assert (cuts - 1) * nbytes < c["DATA_BYTES"] <= cuts * nbytes
+            assert teams * threads == launch.threads and warps % teams == 0 and nbytes % (16 * threads) == 0
+        assert c["CUTS"] == 1 or not ports
+        assert c["TAKEN_CUTS"] == 1 or not ports and not rank_major
 
 
 # ---- PTX -------------------------------------------------------------------------------------------------------------
@@ -583,7 +598,7 @@ CPU_SHAPES = {
 @pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
 def test_llvm_finds_no_way_unreachable(shape):
     """LLVM once took a loop for one that never runs, led astray by loads behind branches, see `load_if` in `pyep.kernels.llvm`."""
-    engine = OneThread()
+    engine = OnCpu("1,1,1")
     for which, launch in launches(engine, shape, 8).items():
         signature = numba.void(*[numba.int64] * len(inspect.signature(launch.fn).parameters))
         kernel = numba.njit(signature, nogil=True, error_model="numpy")(bind(launch.fn, engine.machine, **launch.constants))

@@ -21,7 +21,7 @@ from .op import CUDA, bind
 SENDING = 5, 6                  # a fifth of a GPU fills the link to one peer, a sixth those to more: a row is loaded once for all
 FILLING = 24                    # multiprocessors fill the link with a third of their warps
 WARPS, FEW_WARPS = 28, 14       # of a block at most; with more than 28 a thread would have but 64 registers
-FEW_TOKENS = 8                  # in their operations it counts how soon kernels start, and not how many loads are under way
+FEW_TOKENS = 64                 # of all ranks: then it counts how soon kernels start, not how many loads are under way
 REGISTERS = 65536               # of a multiprocessor
 LARGE_SHARED = 48 << 10         # bytes of dynamic shared memory above which a kernel must ask for them
 ROOM = 4                        # multiprocessors that suffice for copies within a GPU
@@ -123,7 +123,7 @@ class CudaEngine:
         """(cuts, teams, threads): how many parts a dispatch cuts a row into, how many teams the warps of a block form, and the
         threads of each, which move a part 16 bytes a thread at a time.
 
-        Few tokens get blocks half as large, so that the next kernel's find room beside.
+        tokens: the most that all ranks have together.  Few get blocks half as large, so that the next kernel's find room beside.
         """
         vectors, warps = -(-row_bytes // 16), FEW_WARPS if tokens <= FEW_TOKENS else WARPS
         threads = min((32 * n for n in (7, 8, 6, 5)), key=lambda threads: -(-vectors // threads) * threads)

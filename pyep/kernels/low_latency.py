@@ -80,7 +80,7 @@ def end_epoch(base, epoch):
 def tell_all_consumed(watch, proxy, me, consumed):
     """Tell every rank the epoch that is consumed here.  The last block does: the first ones have rows to send."""
     base, _, _ = watch
-    rank = num_threads() - 1 - thread_rank()
+    rank = last_first()
     while rank < RANKS and block_rank() == num_blocks() - 1:
         if is_port_peer(base, rank):
             tell_consumed(watch, proxy, me, rank, consumed)
