@@ -304,8 +304,8 @@ def test_cuts_are_whole_rows(engine, hidden, data, rank_major, tokens, ports):
     shape = LowLatency(4, tokens, max(hidden, 128) if data == "fp8" else hidden, 256, 8, data=data, rank_major=rank_major, weighted=rank_major)
     for which, launch in launches(engine, shape, 8, ports).items():
         c, warps = launch.constants, launch.threads // engine.warp
-        for cuts, nbytes, teams, threads in ([c[name] for name in ("CUTS", "CUT_BYTES", "TEAMS", "TEAM_THREADS")],
-                                             [c[f"TAK{name}"] for name in ("EN_CUTS", "EN_CUT_BYTES", "ING_TEAMS", "ING_THREADS")]):
+        sides = ("CUTS", "CUT_BYTES", "TEAMS", "TEAM_THREADS"), ("TAKEN_CUTS", "TAKEN_CUT_BYTES", "TAKING_TEAMS", "TAKING_THREADS")
+        for cuts, nbytes, teams, threads in ([c[name] for name in side] for side in sides):
             assert (cuts - 1) * nbytes < c["DATA_BYTES"] <= cuts * nbytes
             assert teams * threads == launch.threads and warps % teams == 0 and nbytes % (16 * threads) == 0
         assert c["CUTS"] == 1 or not ports
