@@ -301,7 +301,8 @@ def test_launches(shape, data, rank_major, weighted):
 @pytest.mark.parametrize("engine", [Gpu(), OnCpu("2,24,4"), OnCpu("1,1,1")], ids=["gpu", "wide", "narrow"])
 def test_cuts_are_whole_rows(engine, hidden, data, rank_major, tokens, ports):
     """Cuts cover a row, none of them in vain; teams are all of a block's warps; a cut is a whole number of what a team moves."""
-    shape = LowLatency(4, tokens, max(hidden, 128) if data == "fp8" else hidden, 256, 8, data=data, rank_major=rank_major, weighted=rank_major)
+    hidden = max(hidden, 128) if data == "fp8" else hidden
+    shape = LowLatency(4, tokens, hidden, 256, 8, data=data, rank_major=rank_major, weighted=rank_major)
     for which, launch in launches(engine, shape, 8, ports).items():
         c, warps = launch.constants, launch.threads // engine.warp
         sides = ("CUTS", "CUT_BYTES", "TEAMS", "TEAM_THREADS"), ("TAKEN_CUTS", "TAKEN_CUT_BYTES", "TAKING_TEAMS", "TAKING_THREADS")
