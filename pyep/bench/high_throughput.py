@@ -19,6 +19,8 @@ class Point(NamedTuple):
 
 
 class HighThroughput(Benchmark):
+    """`bench ht`: the layout, dispatch with and without the exchange of counts, combine, and pairs."""
+
     name, title = "ht", "high-throughput dispatch and combine"
     defaults = Point(tokens=4096, hidden=7168, topk=8, experts=256, num_sms=Buffer.num_sms)
     environment = {name: f"MSCCLPP_EP_BENCH_{name.upper()}" for name in ("tokens", "hidden", "topk", "experts")}

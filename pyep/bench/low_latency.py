@@ -17,6 +17,8 @@ class Point(NamedTuple):
 
 
 class LowLatency(Benchmark):
+    """`bench ll`: dispatch and combine by themselves, and in pairs."""
+
     name, title = "ll", "low-latency dispatch and combine"
     defaults = Point(tokens=128, hidden=7168, topk=8, experts=256)
     environment = {name: f"MSCCLPP_EP_LL_{name.upper()}" for name in ("tokens", "hidden", "topk", "experts_per_rank")}

@@ -6,7 +6,7 @@ from .basics import lanes_before
 from .lang import (add4, ballot, fetch_add8_relaxed, lane, ld8_relaxed, ld8_relaxed_if, ld8_shared, num_threads, polls_per_look,
                    popc, shared, st4, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod, warp_size)
 from .low_latency import (DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, LISTED, LOCAL_EXPERTS, MAX_TOKENS, NO_ROOM,
-                          OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, wait_begun)
+                          OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, last_first, wait_begun)
 from .low_latency_announce import LOCAL_GROUPS
 from .low_latency_boxes import count_slot, is_port_peer
 from .op import rare
@@ -42,7 +42,7 @@ def read_counts(part, watch, sent):
     most tokens of a source."""
     base, _, epoch = watch
     words = RANKS * (1 + LOCAL_GROUPS)
-    word = num_threads() - 1 - thread_rank()                     # the last threads: the first ones take units meanwhile
+    word = last_first()                                          # the first threads list units meanwhile
     while word < words:
         if word < RANKS:
             count = tokens_of(watch, word, 0)
@@ -73,7 +73,7 @@ def first_row(source, expert):
 
 def add_up_counts(part, recv_count, layout_range, sent, recv_stats):
     """What the caller and combine want of the counts: the first block sees to it, with its last threads."""
-    group = num_threads() - 1 - thread_rank()
+    group = last_first()
     while group < LOCAL_GROUPS and part == 0:
         row = 0
         for source in range(RANKS):

@@ -2,7 +2,8 @@
 
 The last block of a launch that is done with packing *ships*: to each port peer one put of all that its box holds, and behind it
 on the same channel, so that it comes later, a put of a *flag*: two words for the peer's `consumed` slot of this rank.  The first is
-the epoch that this rank has consumed, which `begin` stores to mapped peers; the second is the epoch of the box: it has come.
+the epoch that this rank has consumed, which `tell_all_consumed` stores to mapped peers; the second is the epoch of the box: it
+has come.
 
 What is put must not change until the proxy has read it.  An outbox and its flag are written again two operations later, after
 `begin`: by then the peer has consumed the box, so the proxy has long read it.

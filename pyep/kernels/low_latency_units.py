@@ -5,10 +5,10 @@ that is, a slice of what goes back for one token (rank-major: one row) of one so
 """
 from ..channels.memory import report
 from .basics import add_entry, after, warp_rank
-from .lang import (lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, syncwarp, thread_rank, udiv, umod,
+from .lang import (lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, syncwarp, udiv, umod,
                    warp_size)
 from .low_latency import (COMBINE, COMBINE_BEGUN, MAX_TOKENS, NEIGHBOURS, OTHER_OPERATION, PER_LANE, RANKS, RECEIVERS, ROW_BYTES,
-                          SENDERS, TOPK, WEIGHTED, wait_begun)
+                          SENDERS, TOPK, WEIGHTED, last_first, wait_begun)
 from .low_latency_boxes import PORTS, is_port_peer
 
 # ---- slices and units ------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def list_rows(rows, source, token, wanted, y, row_of, weight_of):
 def wait_for_all(part, parts, watch, wait_stats):
     """One warp makes sure that every rank has begun this operation, also those that have nothing for this rank.  (Port peers: see
     `low_latency_unpack`.)"""
-    rank = num_threads() - 1 - thread_rank()                     # the last of all: it has the least to sum
+    rank = last_first()                                          # of the last block: it has the least to sum
     while rank < RANKS and part == parts - 1:
         begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats) if is_port_peer(watch[0], rank) == 0 else COMBINE
         if begun != COMBINE:
