@@ -28,9 +28,13 @@ def case_of(n):
 
 
 def warm_buffer(comm, timeout_s=TIMEOUT):
-    """A buffer that has done one round: the operations of epochs 1 and 2."""
+    """A buffer that has done one round, the operations of epochs 1 and 2, and all ranks have received it.
+
+    A rank that has received may not have sent yet: a proxy sends for it, and a fault now would be one of the warm-up.
+    """
     buf = make_buffer(comm, M, H, LOCAL * comm.size, K, timeout_s=timeout_s)
     run_round(buf, case_of(comm.size))
+    comm.barrier()
     return buf
 
 

@@ -23,12 +23,15 @@ def made_for(n, **fields):
 
 
 def warm_buffer(comm, timeout_s=TIMEOUT):
-    """A buffer that has done each operation once, and the handle of a dispatch."""
+    """A buffer that has done each operation once, and the handle of a dispatch; all ranks have received all of them."""
     buf = make_high_throughput_buffer(comm, HEAP, timeout_s=timeout_s)
     made = made_for(comm.size)
     run_round(buf, made.case)
     run_round(buf, made.case.with_room(3))
-    return buf, dispatch(buf, made)[4]
+    _, _, _, _, handle, event = dispatch(buf, made)
+    event.synchronize()
+    comm.barrier()
+    return buf, handle
 
 
 def first_dispatch(buf, handle):
