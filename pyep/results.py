@@ -55,7 +55,7 @@ class Results:
         """ports: 0 if there are no port peers."""
         self.dispatches = 0
         sets = [_allocate(library, shape, ports) for _ in range(2)]
-        selected = [library.empty((shape.max_tokens, shape.num_topk), "int64") for _ in range(3)]
+        selected = [_filled(library, (shape.max_tokens, shape.num_topk), -1) for _ in range(3)]
         turns = [Received(*sets[i % 2], selected[i % 3]) for i in range(6)]
         self._turns = [(received, Received(*(0 if a is None else library.pointer(a) for a in received))) for received in turns]
 
@@ -80,9 +80,16 @@ def _allocate(library, shape, ports):
             library.empty((ranks,) if shape.rank_major else (groups, ranks), "int64"),
             library.empty(selections, "int64") if shape.rank_major else None,
             library.empty(selections, "float32") if shape.weighted else None,
-            library.empty(selections[:2] if shape.rank_major else selections, "int64"),
-            library.empty((ranks,), "int64"),
+            _filled(library, selections[:2] if shape.rank_major else selections, -1),
+            _filled(library, (ranks,), 0),
             library.empty((ranks, shape.max_tokens + 1), "int64") if ports and not shape.rank_major else None)
+
+
+def _filled(library, shape, value):
+    """[shape] int64 of what a combine looks at before it knows whether the dispatch has failed: then nothing is there."""
+    array = library.empty(shape, "int64")
+    array[...] = value
+    return array
 
 
 def _allocate_scales(library, shape):

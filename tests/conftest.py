@@ -9,7 +9,12 @@ import pytest
 os.environ.setdefault("PYEP_DEVICE", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pyep itself, where it is not installed
 
+import hypothesis  # noqa: E402
 import ranks  # noqa: E402
+
+# That the machine is busy makes no example wrong.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 @functools.cache

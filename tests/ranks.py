@@ -38,6 +38,7 @@ TIMEOUT = float(os.environ.get("PYEP_TEST_TIMEOUT", 120))  # seconds for one cal
 START = 120.0  # seconds until all ranks have connected
 GRACE = 5.0  # seconds that the other ranks of a pool get once one has failed
 LEAVE = 10.0  # seconds for MPI_Finalize and the end of mpiexec
+FORWARD = 5.0  # seconds until mpiexec has forwarded what ranks write
 TAG = "PYEP_TEST_JOB"  # in the environment of every process of a job: the job's name
 # Whatever its options, MPICH's launcher kills a job of which a rank died by a signal; with -disable-auto-cleanup it
 # sends SIGUSR1 to the others when one has ended early. A shell between the launcher and the rank turns the signal into
@@ -177,10 +178,17 @@ class Job:
 
     def show_stacks(self, ranks):
         """Have ranks that hang write their Python stacks to stderr."""
+        before, deadline = self.written(), time.monotonic() + FORWARD
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pids[rank], signal.SIGUSR2)
-        time.sleep(0.3)  # for mpiexec to forward what they write
+        while self.written() == before and time.monotonic() < deadline and not all(stopped(self.pids[rank]) for rank in ranks):
+            time.sleep(0.05)
+        time.sleep(0.3)  # for the rest
+
+    def written(self):
+        """How many bytes of the ranks' stderr mpiexec has forwarded."""
+        return os.fstat(self.files[1].fileno()).st_size
 
     def leave(self, finalize):
         """Tell the ranks that do not hang to end, with or without MPI_Finalize, and wait for that."""
@@ -322,6 +330,8 @@ def serve(address):
     # freeing may wait for ranks that are gone.
     while isinstance(request := connection.recv(), tuple):
         tidy, *call = request
+        with contextlib.suppress(BaseException):  # `answer` will see it again
+            module(*call[:2])  # before the ranks meet: it takes long, and longer on some
         if comm and tidy:
             comm.Free()
         comm = MPI.COMM_WORLD.Dup()
@@ -354,7 +364,11 @@ def module(name, path):
     if getattr(found, "__file__", None) != path:
         spec = importlib.util.spec_from_file_location(name, path, loader=rewriting_loader())
         found = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(found)
+        try:
+            spec.loader.exec_module(found)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return found
 
 

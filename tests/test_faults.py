@@ -16,6 +16,7 @@ from pyep import EPClosedError, EPError, EPTimeoutError
 
 M, H, LOCAL, K = 8, 64, 4, 3  # a shape whose kernels test_low_latency.py compiles too
 TIMEOUT = 2  # seconds; a rank must not be late by that only because the machine is busy
+PATIENT = 10  # the same where somebody is late on purpose
 SLACK = 2  # seconds that an error may come later than its timeout
 BAD = 1  # the rank at fault
 
@@ -80,7 +81,7 @@ def give_up(buf, operations, timeout_s=TIMEOUT):
     with pytest.raises(EPClosedError, match="unusable") as closed:
         a_round(buf)
     assert str(caught.value) in str(closed.value)
-    assert seconds_of(buf.destroy) < 1
+    assert seconds_of(buf.destroy) < 0.9 * buf._connection.timeout_s
     with pytest.raises(EPClosedError, match="destroyed"):
         a_round(buf)
     return str(caught.value)
@@ -243,7 +244,7 @@ def delayed(function):
 
 
 def come_late(comm):
-    with warm_buffer(comm) as buf:
+    with warm_buffer(comm, PATIENT) as buf:
         if comm.rank == BAD:
             for operation in ("low_latency_dispatch", "low_latency_combine"):
                 setattr(buf, operation, delayed(getattr(buf, operation)))
@@ -264,7 +265,7 @@ def fail_in_user_code(comm):
         with buf:
             start = time.monotonic()
             raise KeyError("the user's")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 0.9 * TIMEOUT
     return None
 
 
@@ -291,15 +292,15 @@ def never_begin(comm):
     warm_buffer(comm).destroy()  # now the kernels are on disk: the time below is for waiting alone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyep.connection.COMPILE_ALLOWANCE_S", 0.5)
-        buf = make_buffer(comm, M, H, LOCAL * comm.size, K, timeout_s=1)
-        text = give_up(buf, a_round, 1.5) if comm.rank != BAD else None
+        buf = make_buffer(comm, M, H, LOCAL * comm.size, K, timeout_s=3)
+        text = give_up(buf, a_round, 3.5) if comm.rank != BAD else None
         comm.barrier()
     return text
 
 
 def test_a_rank_never_makes_the_first_call():
     text = ranks.run(2, never_begin)[0]
-    assert re.match(r"first use of .*: rank 0 waited 1.5 s for ranks \[1\], which have not come", text), text
+    assert re.match(r"first use of .*: rank 0 waited 3.5 s for ranks \[1\], which have not come", text), text
 
 
 # ---- nothing is left -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from high_throughput_case import Case, combine, dispatch, run_round, up_x
 from pyep import EPClosedError, EPError, EPTimeoutError
 
 TIMEOUT = 2  # seconds; a rank must not be late by that only because the machine is busy
+PATIENT = 10  # the same where somebody is late on purpose
 SLACK = 2  # seconds that an error may come later than its timeout
 BAD = 1  # the rank at fault
 HEAP = 2**22
@@ -80,7 +81,7 @@ def give_up(buf, operation):
         a_layout(buf, None)
     start = time.monotonic()
     buf.destroy()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 0.9 * TIMEOUT
     with pytest.raises(EPClosedError, match="destroyed"):
         first_dispatch(buf, None)
     return str(caught.value)
@@ -134,7 +135,7 @@ def test_all_threads_give_up(operation):
 
 
 def come_late(comm, operation):
-    buf, handle = warm_buffer(comm)
+    buf, handle = warm_buffer(comm, PATIENT)
     with buf:
         if comm.rank == BAD:
             time.sleep(0.6 * TIMEOUT)
@@ -172,7 +173,7 @@ def fail_in_user_code(comm):
         with buf:
             start = time.monotonic()
             raise KeyError("the user's")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 0.9 * TIMEOUT
     return None
 
 

@@ -18,7 +18,8 @@ from engine import make_buffer, on_gpu, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults import BAD, LOCAL, SLACK, TIMEOUT, H, K, M, a_round, case_of, give_up, suffer, suffer_together, warm_buffer
-from test_low_latency import BY_RANK, EXAMPLES, OTHER_SHAPES, PLAIN, REDUCED, SHAPES, cases, fused_rounds, name_of, wide_rounds
+from test_low_latency import (BY_RANK, EXAMPLES, LATE, OTHER_SHAPES, PLAIN, REDUCED, SHAPES, cases, fused_rounds, name_of,
+                              wide_rounds)
 
 from pyep import EPError, EPTransportError
 from pyep.channels import host_ports
@@ -38,6 +39,13 @@ PAIRS = {
 }
 NODES = [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3)]         # ranks, and how many of them make a node
 groups = pytest.mark.parametrize("n, per_node", [pytest.param(*group, id="{}-by-{}".format(*group)) for group in NODES])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_proxies_stay():
+    """The pools end with this file: idle proxies of their buffers would cost the tests of other files half a core."""
+    yield
+    ranks.close_pools()
 
 
 @functools.cache
@@ -139,7 +147,7 @@ def test_combine_with_masked_selections():
 
 
 def waits_for_late_ranks(comm):
-    """Each rank in turn comes late; returns by turn what this one waited for each, in ms: dispatch, combine."""
+    """Each rank in turn comes late, by LATE; returns by turn what this one waited for each, in s: dispatch, combine."""
     buf, case, turns = within.shared_buffer(comm.size), case_of(comm.size), []
     run_round(buf, case)                                         # the first use of a shape compiles, and ranks meet
     x, idx, weights, y = case.make()
@@ -147,13 +155,13 @@ def waits_for_late_ranks(comm):
         waits = [np.zeros(comm.size, np.int64) for _ in range(2)]
         for operation in range(2):
             comm.Barrier()
-            time.sleep(0.8 if comm.rank == late else 0)
+            time.sleep(LATE if comm.rank == late else 0)
             if operation == 0:
                 got = dispatch(buf, case, x, idx, weights, dispatch_wait_recv_cost_stats=waits[0])
             else:
                 inputs = y[comm.rank], idx[comm.rank], weights[comm.rank], got.handle
                 buf.low_latency_combine(*inputs, combine_wait_recv_cost_stats=waits[1])
-        turns.append(np.array(waits) / 1e6)
+        turns.append(np.array(waits) / 1e9)
     return turns
 
 
@@ -164,7 +172,7 @@ def test_statistics():
         for rank in {0, 1, 2} - {late}:
             for operation in range(2):
                 assert waited[rank, late, operation].argmax() == late, waited[rank, late]
-                assert waited[rank, late, operation, late] > 400, waited[rank, late]
+                assert waited[rank, late, operation, late] > 0.2 * LATE, waited[rank, late]
 
 
 # ---- in any order of events ------------------------------------------------------------------------------------------

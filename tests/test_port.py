@@ -478,7 +478,7 @@ def test_a_late_proxy():
 
 def push_without_a_proxy(comm):
     """More triggers than there is room for; the error's text."""
-    with pytest.raises(EPTimeoutError) as caught, connected(comm, fifo=16, timeout_s=1) as channels:
+    with pytest.raises(EPTimeoutError) as caught, connected(comm, fifo=16, timeout_s=3) as channels:
         proxies_of(channels)[0].stop()
         channels.launch(channels.kernel(send_signals), 1 - comm.rank, channels.ports[1 - comm.rank], 20)
     return str(caught.value)
@@ -487,7 +487,7 @@ def push_without_a_proxy(comm):
 def test_a_lost_proxy():
     for rank, text in enumerate(ranks.run(2, push_without_a_proxy)):
         peer = 1 - rank
-        assert text == (f"rank {rank} waited 1 s for rank {peer}: room for a trigger; expected 1, seen 0. Rank {peer} is "
+        assert text == (f"rank {rank} waited 3 s for rank {peer}: room for a trigger; expected 1, seen 0. Rank {peer} is "
                         "reached through a port: proxy 0: FIFO head 20, tail 0, last trigger none; the proxy does not run")
 
 
@@ -497,20 +497,21 @@ def fail_in_the_proxy(comm):
         def fail(trigger):
             raise MemoryError("no room to breathe")
         peer, taken = 1 - comm.rank, np.zeros(1, np.int64)
+        send, take = channels.kernel(send_signals), channels.kernel(take_signals)
         if comm.rank == 0:
             proxies_of(channels)[0].serve = fail
         channels.meet()
         start = time.monotonic()
         if comm.rank == 0:
-            channels.launch(channels.kernel(send_signals), peer, channels.ports[peer], 1)
-        channels.launch(channels.kernel(take_signals), peer, channels.ports[peer], 1, taken.ctypes.data)
+            channels.launch(send, peer, channels.ports[peer], 1)
+        channels.launch(take, peer, channels.ports[peer], 1, taken.ctypes.data)
     return time.monotonic() - start, str(caught.value)
 
 
 def test_an_exception_in_the_proxy():
     """It reaches the user, and at once: the waits of the rank end."""
     (seconds, text), (_, theirs) = ranks.run(2, fail_in_the_proxy)
-    assert seconds < 1.5 and text == "the proxy of this rank's ports has failed: no room to breathe"
+    assert seconds < 2.7 and text == "the proxy of this rank's ports has failed: no room to breathe"
     assert theirs.startswith("rank 1 waited 3 s for rank 0: a signal; expected 1, seen 0. Rank 0 is reached through a port: ")
 
 
@@ -610,7 +611,7 @@ def test_a_rank_dies(how, nbytes):
     assert not done.errors and done.results[BAD] is None, done
     for rank in (0, 2):
         took, closing, text, threads = done.results[rank]
-        assert took < 4 and closing < 1, done.results
+        assert took < 4 and closing < 1.9, done.results
         assert "for rank 1" in text or "the proxy of this rank's ports has failed" in text, text
 
 
@@ -625,11 +626,12 @@ def remains():
 def put_in_vain(channels):
     """A put that MPI does not send, since nobody receives it."""
     peer, at = 1 - channels.rank, channels.offset
+    if channels.rank == 1:
+        proxies_of(channels)[0].stop()
     channels.meet()
     if channels.rank == 0:
         channels.launch(channels.kernel(put_one), peer, channels.ports[peer], at, at, LARGE)
     else:
-        proxies_of(channels)[0].stop()
         channels.launch(channels.kernel(take_signals), peer, channels.ports[peer], 1, np.zeros(1, np.int64).ctypes.data)
 
 
@@ -673,7 +675,7 @@ def end_in_every_way(comm):
     channels = None                                              # forgotten
     gc.collect()
     assert remains() == ([], [])
-    with pytest.raises(EPTimeoutError), connected(comm, nbytes=LARGE, timeout_s=1) as channels:
+    with pytest.raises(EPTimeoutError), connected(comm, nbytes=LARGE, timeout_s=3) as channels:
         put_in_vain(channels)
     comm.barrier()                                               # the peer's MPI may still want what it could not send
     comm.barrier()

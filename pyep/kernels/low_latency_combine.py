@@ -65,7 +65,7 @@ def outputs_for(watch, me, half, rows, count, unit, packet_of):
 def send_outputs(part, parts, watch, me, half, y, row_of, sent, packet_of):
     """The output of every row this rank received, back to the slot of its (token, k) on the token's rank.
 
-    The first rows are loaded before it is known that their slots are free.
+    The first rows are loaded before it is known that their slots are free.  Returns what `begin_warp` does.
     """
     rows = shared() + warp_rank() * list_bytes(TOPK)
     look = look_at_consumed(watch[0], lane())
@@ -73,7 +73,7 @@ def send_outputs(part, parts, watch, me, half, y, row_of, sent, packet_of):
     count = list_unit(rows, unit, me, y, row_of, 0, sent)
     ahead = load_ahead(rows, unit, count)
     if begin_warp(watch, COMBINE_CONSUMED, look) == 0:
-        return
+        return 0
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
         outputs, stride = outputs_for(watch, me, half, rows, count, unit, packet_of)
@@ -87,6 +87,7 @@ def send_outputs(part, parts, watch, me, half, y, row_of, sent, packet_of):
             count = list_unit(rows, unit, me, y, row_of, 0, sent)
             ahead = load_ahead(rows, unit, count)
     syncwarp()                                                   # the list's memory is used again
+    return 1
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------
@@ -136,9 +137,10 @@ def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_t
             packet_of, selected, out):
     """The kernel.  y [L, R*M, H] bf16; row_of, sent, packet_of and selected as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, me, lag, half_bytes, timeout, COMBINE_PROXY)
+    begun = 1
     if SENDERS > 0:
         if sender < SENDERS:
-            send_outputs(sender, SENDERS, watch, me, half, y, row_of, sent, packet_of)
+            begun = send_outputs(sender, SENDERS, watch, me, half, y, row_of, sent, packet_of)
         if PORTS:
             ship(watch, COMBINE_PROXY, me, lag, packet_of + 8 * MAX_TOKENS, 8 * (MAX_TOKENS + 1))
     if RECEIVERS > 0:
@@ -146,5 +148,6 @@ def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_t
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             if PORTS:
                 unpack_combine(receiver, RECEIVERS, watch, me, half, wait_stats)
-            sum_outputs(receiver, RECEIVERS, watch, me, half, y, topk_idx, topk_weights, selected, row_of, num_tokens, out)
+            if begun or not reads_own_y():                       # else row_of may be of another dispatch than selected
+                sum_outputs(receiver, RECEIVERS, watch, me, half, y, topk_idx, topk_weights, selected, row_of, num_tokens, out)
     end_epoch(base, watch[2])

@@ -251,9 +251,10 @@ def list_cut(entries, watch, me, half, cut, cuts, row_of, weight_of, recv_stats)
     count = -1
     if cut < cuts:
         tokens, route, place = wait_for_tokens(watch, half, source, token)
-        if token < tokens and RANK_MAJOR:
+        is_there = ballot(1 if token >= tokens else 0) == 0      # for all lanes: one may have given up as the count came
+        if is_there and RANK_MAJOR:
             count = list_token(entries, watch, me, half, source, token, route, place, keeps, row_of, recv_stats)
-        elif token < tokens:
+        elif is_there:
             count = list_selections(entries, watch, me, half, source, token, route, place, keeps, row_of, weight_of)
     return source, token, count
 

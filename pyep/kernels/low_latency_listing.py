@@ -148,7 +148,7 @@ def list_selections(entries, watch, me, half, source, token, route, place, keeps
         mine = ballot(1 if expert >= 0 else 0)
         if expert >= 0:
             place = read_word(place, watch, DISPATCH_PLACE, source, route_at + PLACES)
-            st8_shared(entries + 8 * (count + lanes_before(mine)), (k << 48) | (expert << 32) | place)
+            st8_shared(entries + 8 * (count + lanes_before(mine)), (k << 48) | (expert << 32) | (place & 0xFFFFFFFF))
         count += popc(mine)
         first += warp_size()
     return count
@@ -247,8 +247,9 @@ def clear_words(watch, half, source, token, before):
 
 
 def clear_tails(part, parts, recv_topk_idx, recv_topk_weights):
-    """Rank-major: in rows that no token got, nothing is selected."""
+    """Rank-major: in rows that no token got, nothing is selected.  Only blocks that have a unit call."""
     rows = shared() + 8 * RANKS
+    parts = parts if parts < RANKS * MAX_TOKENS else RANKS * MAX_TOKENS
     i = part * num_threads() + thread_rank()
     while i < RANKS * MAX_TOKENS * TOPK:
         source = udiv(i, MAX_TOKENS * TOPK)

@@ -42,7 +42,7 @@ def partial_for(watch, me, half, unit, token, i, exists):
 def send_partials(part, parts, watch, me, half, y, row_of, weight_of, sent, packet_of):
     """The partial of every token that has rows here, to slot [me][token] on the token's rank.
 
-    The first rows are loaded before it is known that their slots are free.
+    The first rows are loaded before it is known that their slots are free.  Returns what `begin_warp` does.
     """
     rows = shared() + warp_rank() * (rows_bytes() + list_bytes(RANKS))
     look = look_at_consumed(watch[0], lane())
@@ -50,7 +50,7 @@ def send_partials(part, parts, watch, me, half, y, row_of, weight_of, sent, pack
     count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
     ahead = load_ahead(rows, unit, count)
     if begin_warp(watch, COMBINE_CONSUMED, look) == 0:
-        return
+        return 0
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
         slot = partial_for(watch, me, half, unit, token_of(unit), first_packet(unit, me, packet_of), count > 0)
@@ -65,6 +65,7 @@ def send_partials(part, parts, watch, me, half, y, row_of, weight_of, sent, pack
             count = list_unit(rows, unit, me, y, row_of, weight_of, sent)
             ahead = load_ahead(rows, unit, count)
     syncwarp()                                                   # the list's memory is used again
+    return 1
 
 
 def look_up_row(unit, me, y, src_info, sent):
@@ -79,12 +80,12 @@ def look_up_row(unit, me, y, src_info, sent):
 
 def send_rows(part, parts, watch, me, half, y, src_info, sent):
     """Rank-major: every row of y to slot [me][its token] on the token's rank.  The next unit is looked up before one is stored.
-    In the box for a port peer rows lie as in y."""
+    In the box for a port peer rows lie as in y.  Returns what `begin_warp` does."""
     look = look_at_consumed(watch[0], lane())
     unit = first_unit(part, parts)
     next_value, next_token, next_tokens = look_up_row(unit, me, y, src_info, sent)
     if begin_warp(watch, COMBINE_CONSUMED, look) == 0:
-        return
+        return 0
     tell_begun(part, watch, me, COMBINE)
     while unit < units():
         value, token, tokens, this = next_value, next_token, next_tokens, unit
@@ -96,6 +97,7 @@ def send_rows(part, parts, watch, me, half, y, src_info, sent):
             offset = offset_of(this, piece)
             if travels(this, me, tokens) and offset < ROW_BYTES:
                 st16_relaxed(slot + offset, present(ld16_nc(row + offset) if piece > 0 else value))
+    return 1
 
 
 # ---- receive ---------------------------------------------------------------------------------------------------------
@@ -146,11 +148,12 @@ def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stat
     """The kernel.  y [L, R*M, H] bf16, in the rank-major layout [R, M, H]; row_of, weight_of, src_info, sent, packet_of and
     selected as `dispatch` left them; out [T, H] bf16."""
     watch, half, sender, receiver = enter(base, me, lag, half_bytes, timeout, COMBINE_PROXY)
+    begun = 1
     if SENDERS > 0:
         if RANK_MAJOR and sender < SENDERS:
-            send_rows(sender, SENDERS, watch, me, half, y, src_info, sent)
+            begun = send_rows(sender, SENDERS, watch, me, half, y, src_info, sent)
         elif sender < SENDERS:
-            send_partials(sender, SENDERS, watch, me, half, y, row_of, weight_of, sent, packet_of)
+            begun = send_partials(sender, SENDERS, watch, me, half, y, row_of, weight_of, sent, packet_of)
         if PORTS and RANK_MAJOR:
             ship(watch, COMBINE_PROXY, me, lag, sent, 8)
         elif PORTS:
@@ -160,5 +163,6 @@ def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stat
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             if PORTS:
                 unpack_combine(receiver, RECEIVERS, watch, me, half, wait_stats)
-            receive_partials(receiver, RECEIVERS, watch, me, half, y, row_of, weight_of, selected, num_tokens, out)
+            if begun or not reads_own_y():                       # else row_of may be of another dispatch than selected
+                receive_partials(receiver, RECEIVERS, watch, me, half, y, row_of, weight_of, selected, num_tokens, out)
     end_epoch(base, watch[2])
