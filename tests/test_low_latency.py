@@ -282,7 +282,7 @@ def test_combine_with_masked_selections(combine):
 
 
 def combine_after_a_failure(comm):
-    """Rank 1 does not come; the host of rank 0 launches a combine before it looks at how the dispatch went.  The combine's `out`."""
+    """Rank 1 does not come; rank 0's host launches a combine before it looks at how the dispatch went.  The combine's `out`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
         patch.setenv("PYEP_CPU_SHAPE", "3,8,4")
