@@ -31,7 +31,7 @@ def warm_buffer(comm, timeout_s=TIMEOUT):
     run_round(buf, made.case.with_room(3))
     _, _, _, _, handle, event = dispatch(buf, made)
     event.synchronize()
-    comm.barrier()
+    buf._connection.meet("warmed up")
     return buf, handle
 
 
