@@ -8,13 +8,10 @@ import pytest
 import ranks
 from engine import make_high_throughput_buffer, on_gpu, up
 from high_throughput_case import Case, combine, dispatch, run_round, up_x
+from test_faults import BAD, PATIENT, SLACK, TIMEOUT
 
 from pyep import EPClosedError, EPError, EPTimeoutError
 
-TIMEOUT = 2  # seconds; a rank must not be late by that only because the machine is busy
-PATIENT = 10  # the same where somebody is late on purpose
-SLACK = 2  # seconds that an error may come later than its timeout
-BAD = 1  # the rank at fault
 HEAP = 2**22
 
 

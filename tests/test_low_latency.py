@@ -1,4 +1,5 @@
 """Low-latency dispatch and combine against the oracle, bit for bit, on real MPI ranks."""
+import contextlib
 import functools
 import os
 import time
@@ -107,11 +108,11 @@ def test_random_cases(n):
     check()
 
 
-def wide_rounds(comm, shape, hidden, mode):
+def wide_rounds(comm, shape, hidden, mode, max_tokens=6):
     os.environ["PYEP_CPU_SHAPE"] = shape
     try:
-        with make_buffer(comm, 6, hidden, 3 * comm.size, 3) as buf:
-            rounds(buf, ((6, hidden, 3, 3, np.int64), mode))
+        with make_buffer(comm, max_tokens, hidden, 3 * comm.size, 3) as buf:
+            rounds(buf, ((max_tokens, hidden, 3, 3, np.int64), mode))
     finally:
         del os.environ["PYEP_CPU_SHAPE"]
 
@@ -131,6 +132,16 @@ def phases_of_a_gpu(engine, operation, threads, num_ranks):
     return both, ("send", blocks, blocks, 0), ("receive", blocks, 0, blocks)
 
 
+@contextlib.contextmanager
+def fused_buffer(comm, **options):
+    """A buffer for 8 tokens of 64 values, 4 experts a rank, top-3, whose launches do both halves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
+        patch.setenv("PYEP_CPU_SHAPE", "3,8,4")
+        with make_buffer(comm, 8, 64, 4 * comm.size, 3, **options) as buf:
+            yield buf
+
+
 def fused_rounds(comm, shape, hidden, mode):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
@@ -145,17 +156,10 @@ def test_fused_launches(shape, hidden, mode):
     ranks.run(2, fused_rounds, shape, hidden, mode)
 
 
-def rounds_of_one_token(comm):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYEP_CPU_SHAPE", "5,1,1")
-        with make_buffer(comm, 1, 8, 3 * comm.size, 3) as buf:
-            rounds(buf, ((1, 8, 3, 3, np.int64), ("", "rank_major", True)))
-
-
 @cpu_only
 def test_more_blocks_than_tokens():
     """Rank-major, where what has no token must be cleared all the same."""
-    ranks.run(2, rounds_of_one_token)
+    ranks.run(2, wide_rounds, "5,1,1", 8, ("", "rank_major", True), 1)
 
 
 def back_to_back(comm, rounds):
@@ -255,11 +259,8 @@ def combine_masked(comm):
 
 
 def combine_masked_fused(comm):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
-        patch.setenv("PYEP_CPU_SHAPE", "3,8,4")
-        with make_buffer(comm, 8, 64, 4 * comm.size, 3) as buf:
-            mask_and_combine(buf, comm)
+    with fused_buffer(comm) as buf:
+        mask_and_combine(buf, comm)
 
 
 def mask_and_combine(buf, comm):
@@ -283,11 +284,8 @@ def test_combine_with_masked_selections(combine):
 
 def combine_after_a_failure(comm):
     """Rank 1 does not come; rank 0's host launches a combine before it looks at how the dispatch went.  The combine's `out`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuEngine, "phases", phases_of_a_gpu)
-        patch.setenv("PYEP_CPU_SHAPE", "3,8,4")
-        buf, me = make_buffer(comm, 8, 64, 4 * comm.size, 3, timeout_s=2), comm.rank
-        case = Case(2, 8, 64, 4 * comm.size, 3, (8,) * comm.size)
+    with fused_buffer(comm, timeout_s=2) as buf:
+        case, me = Case(2, 8, 64, 4 * comm.size, 3, (8,) * comm.size), comm.rank
         x, idx, w, y = case.make()
         run_round(buf, case)
         comm.Barrier()
@@ -300,7 +298,6 @@ def combine_after_a_failure(comm):
             with pytest.raises(EPTimeoutError, match="low_latency_dispatch, receive phase: rank 0 waited 2 s for rank 1"):
                 buf.destroy()
         comm.Barrier()
-        buf.destroy()
     return out.astype(np.float32)
 
 

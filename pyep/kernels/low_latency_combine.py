@@ -148,6 +148,6 @@ def combine(base, me, half_bytes, timeout, lag, y, topk_idx, topk_weights, num_t
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             if PORTS:
                 unpack_combine(receiver, RECEIVERS, watch, me, half, wait_stats)
-            if begun or not reads_own_y():                       # else row_of may be of another dispatch than selected
+            if begun:                                            # else row_of may be of another dispatch than selected
                 sum_outputs(receiver, RECEIVERS, watch, me, half, y, topk_idx, topk_weights, selected, row_of, num_tokens, out)
     end_epoch(base, watch[2])

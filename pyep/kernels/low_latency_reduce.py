@@ -163,6 +163,6 @@ def combine_reduced(base, me, half_bytes, timeout, lag, y, num_tokens, wait_stat
             wait_for_all(receiver, RECEIVERS, watch, wait_stats)
             if PORTS:
                 unpack_combine(receiver, RECEIVERS, watch, me, half, wait_stats)
-            if begun or not reads_own_y():                       # else row_of may be of another dispatch than selected
+            if begun:                                            # else row_of may be of another dispatch than selected
                 receive_partials(receiver, RECEIVERS, watch, me, half, y, row_of, weight_of, selected, num_tokens, out)
     end_epoch(base, watch[2])
