@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # pyep itself, 
 import hypothesis  # noqa: E402
 import ranks  # noqa: E402
 
-# That the machine is busy makes no example wrong.
+# For all tests: that the machine is busy makes no example wrong.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
 

@@ -81,7 +81,7 @@ def one_round(comm, case):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_random_cases(n):
     """Any mode, any routing, any values, any number of tokens; each dispatch is followed by a cached one and by combines."""
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(cases(n))
     def check(case):
         ranks.run(n, one_round, case)

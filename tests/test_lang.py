@@ -183,7 +183,7 @@ WORD = st.integers(-2**63, 2**63 - 1) | st.integers(0, 63).map(lambda k: (1 << k
 @everywhere
 @given(st.lists(st.tuples(NATURAL, NATURAL.map(lambda y: max(y, 1)), WORD), min_size=1, max_size=40))
 @example([(0, 1, 0), (2**32 - 1, 1, -1), (2**32 - 1, 2**32 - 1, -2**63), (6, 7, 1)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_integers(shape, entries):
     x, y, bits = (filled(column) for column in zip(*entries))
     out = memory(len(entries), 4)
@@ -453,7 +453,7 @@ WORD32 = st.sampled_from([MASK32, MASK32 - 1, MASK32 >> 1, 0xFFFF, 0xFFFF0000, 0
 @everywhere
 @given(st.lists(st.tuples(*[WORD32] * 4), min_size=1, max_size=20))
 @example([tuple(MASK32 if k == i else 0xFFFF0000 + k for k in range(4)) for i in range(5)])    # each word, and none
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_absence(shape, rows):
     out = memory(len(rows), 12, dtype=np.uint32)
     run(announce, shape, filled(rows, np.uint32), len(rows), out)
@@ -518,7 +518,7 @@ NANS = [((0x3F80,) * 8 * TERMS, (nan, 0x3F800000, 0)) for nan in (0x7F800001, 0x
 @everywhere
 @given(st.lists(st.tuples(st.tuples(*[BF16] * 8 * TERMS), st.tuples(*[FP32] * TERMS)), min_size=1, max_size=4))
 @example(NANS)                                      # rounded like numbers, some of these would become zero or infinite
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_sums_of_any_bits(shape, rows):
     values, weights = zip(*rows)
     check_weigh(shape, np.array(values, np.uint16).reshape(-1, TERMS, 8), np.array(weights, np.uint32))
@@ -577,7 +577,7 @@ def check_divide(shape, x, y):
 @given(st.lists(st.tuples(FP32, FP32), min_size=1, max_size=20))
 @example([(x, y) for x in (0, 1, 0x80000001, 0x3F800000, 0x7F800000, 0xFF800000, 0x7FC00000)       # 0, subnormal, 1, inf, NaN
           for y in (0, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, MASK32)])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_quotients_of_any_bits(shape, pairs):
     check_divide(shape, *zip(*pairs))
 
@@ -917,7 +917,7 @@ def test_epochs_by_hand():
 
 @one_or_many
 @given(st.lists(st.tuples(EPOCHS | st.just(0), EPOCHS), min_size=1, max_size=20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_epochs_in_kernels(shape, entries):
     out = memory(len(entries), 3)
     run(epochs, shape, filled(entries), len(entries), out)

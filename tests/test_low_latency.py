@@ -101,7 +101,7 @@ def one_round(comm, case, **options):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_random_cases(n):
     """Any mode, any routing, any values, any number of tokens, with and without hooks, zero copy and preallocated outputs."""
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(cases(n), st.tuples(st.booleans(), st.booleans()), st.booleans(), st.booleans())
     def check(case, hooks, zero_copy, out):
         ranks.run(n, one_round, case, hooks=hooks, zero_copy=zero_copy, out=out)

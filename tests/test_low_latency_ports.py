@@ -108,7 +108,7 @@ def grouped_cases(draw, n):
 
 @pytest.mark.parametrize("n", sorted(PAIRS))
 def test_random_cases(n):
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(grouped_cases(n), st.tuples(st.booleans(), st.booleans()), st.booleans(), st.booleans())
     def check(grouped, hooks, zero_copy, out):
         per_node, case = grouped

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ranks
 from engine import on_gpu
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyep import EPTimeoutError, EPTransportError
@@ -101,7 +101,7 @@ OFFSET, MEMORY = st.integers(0, 2**32 - 1), st.integers(0, 511)
 @example(0, 2**32 - 1, 0, 0, 0, 511)
 @example(0, 0, 2**32 - 1, 0, 511, 0)
 @example(0, 0, 0, 1023, 0, 0)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_trigger_bits(dst, src, nbytes, semaphore, dst_memory, src_memory):
     rig, results = Rig(4, semaphore, dst_memory, src_memory), np.zeros(4, np.int64)
     rig.words[2] = 2**62                                         # so that the flush need not wait
@@ -303,7 +303,7 @@ def channels_of(channels, rank):
     (2, 1, {}), (3, 1, {}), (3, 2, {}), (4, 2, {}), (4, 1, dict(PYEP_NUM_PROXIES=2)), (4, 1, dict(PYEP_NUM_PROXIES=3))])
 @given(puts=st.lists(PUT, max_size=40), slow=st.booleans())
 @example(puts=[(nbytes, 0, 0, DATA, 0) for nbytes in (REGION, 8, INLINE, INLINE + 1)], slow=True)
-@settings(max_examples=max(2, EXAMPLES // 40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=max(2, EXAMPLES // 40))
 def test_random_puts(n, per_node, variables, puts, slow):
     """What is there in the end is what puts one after another leave, overlapping ones too, and a signal comes after them."""
     ranks.run(n, put_at_random, per_node, puts, slow, variables)

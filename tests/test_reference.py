@@ -69,7 +69,7 @@ FINITE32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @given(st.lists(st.tuples(FINITE32, FINITE32, FINITE32), min_size=1, max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_fma32_is_exact_on_any_finite_input(triples):
     check_fma(*zip(*triples))
 
@@ -330,7 +330,7 @@ def tagged_tokens(topk_idx):
 
 
 @given(routings())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_selection_arrives_once_and_in_order(routing):
     topk_idx, M, E = routing
     R, L = len(topk_idx), E // len(topk_idx)
@@ -355,7 +355,7 @@ def test_every_selection_arrives_once_and_in_order(routing):
 
 
 @given(routings())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rank_major_holds_every_token_once_for_each_rank_and_in_order(routing):
     topk_idx, M, E = routing
     R, L = len(topk_idx), E // len(topk_idx)
@@ -379,7 +379,7 @@ def test_rank_major_holds_every_token_once_for_each_rank_and_in_order(routing):
 
 
 @given(routings())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_both_layouts_hold_the_same_tokens(routing):
     topk_idx, M, E = routing
     by_expert, by_rank = (reference.low_latency_dispatch(tagged_tokens(topk_idx), topk_idx, M, E, output_layout=layout)
@@ -392,7 +392,7 @@ def test_both_layouts_hold_the_same_tokens(routing):
 
 
 @given(routings(), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_identity_experts_give_the_tokens_back(routing, random):
     """Weights 1/2, 1/4, ... with the last one doubled sum to one, and every partial sum of small integers is exact."""
     topk_idx, M, E = routing
@@ -428,7 +428,7 @@ def selections(topk_idx):
 
 
 @given(routings(), st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_combines_follow_their_recipes_in_exact_arithmetic(routing, seed):
     """All three: what a rank reduces in the reduced recipe is what the caller hands to the rank-major one."""
     topk_idx, M, E = routing
@@ -605,7 +605,7 @@ def test_quantize_every_bf16_in_exact_arithmetic(stride, round_scale):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(-20, 20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_quantize_loses_little(seed, exponent):
     """Data times scale is x: within 1/16, half the distance of two values of e4m3, or half of the least one."""
     rng = np.random.default_rng(seed)

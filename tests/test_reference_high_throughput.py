@@ -161,7 +161,7 @@ def numbered_weights(topk_idx):
 
 
 @given(routings(), st.sampled_from([1, 2, 7, 128]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_token_arrives_once_per_rank_and_in_order(routing, alignment):
     topk_idx, E = routing
     R, L = len(topk_idx), E // len(topk_idx)
@@ -188,7 +188,7 @@ def test_every_token_arrives_once_per_rank_and_in_order(routing, alignment):
 
 
 @given(routings())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rows_sent_and_rows_received_are_inverse(routing):
     """Whoever follows a token by the source's send_rows finds, in the destination's recv_src_idx, that token; and all rows
     are found so."""
@@ -208,7 +208,7 @@ def test_rows_sent_and_rows_received_are_inverse(routing):
 
 
 @given(routings())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_layout_counts(routing):
     topk_idx, E = routing
     R, L = len(topk_idx), E // len(topk_idx)
@@ -229,7 +229,7 @@ def dense(topk_idx, E):
 
 
 @given(routings(), st.integers(0, 2**32 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_gradients(routing, seed):
     """Dispatch multiplies by the dense D, combine by its transpose: each is the gradient of the other.
 
@@ -252,7 +252,7 @@ def test_gradients(routing, seed):
 
 
 @given(routings())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_weights_come_back(routing):
     """A selection's weight is on one rank alone, so that the sum over ranks is what was sent; a -1 comes back as 0."""
     topk_idx, E = routing
@@ -264,7 +264,7 @@ def test_weights_come_back(routing):
 
 
 @given(routings(), st.lists(st.integers(0, 3), min_size=4, max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_worst_rows_only_add_a_tail(routing, spare):
     topk_idx, E = routing
     weights, layout = numbered_weights(topk_idx), reference.get_dispatch_layout(topk_idx, E)
@@ -282,7 +282,7 @@ def test_worst_rows_only_add_a_tail(routing, spare):
 
 
 @given(routings(), st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_fp8_and_cached_move_the_same_rows(routing, seed):
     """Rows are moved whole, whatever they are: the same handle, the same place, the same bits."""
     (topk_idx, E), rng = routing, np.random.default_rng(seed)
