@@ -24,10 +24,11 @@ def directory(machine):
 
 @functools.cache
 def _sources():
-    """A hash of every source file of pyep and of the compilers' versions: helpers live in other files than their kernel."""
+    """A hash of the compilers' versions and of the folders that kernels and their engines are in: helpers live in other files than
+    their kernel.  The rest of pyep is no part of any machine code but by the template parameters."""
     root = pathlib.Path(__file__).parents[1]
     digest = hashlib.sha256(platform.python_version().encode())
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted([*(root / "kernels").rglob("*.py"), *(root / "channels").rglob("*.py")]):
         digest.update(file.read_bytes())
     for package in ("numba", "llvmlite", "numba-cuda", "nvidia-nvjitlink", "nvidia-nvvm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
