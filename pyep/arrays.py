@@ -68,7 +68,7 @@ class Library:
         return False
 
     def without_history(self, array):
-        """An array that outlives a call, to be handed out anew: the same memory, of which autograd knows nothing.  None for None."""
+        """The memory of an array that outlives a call, to be handed out anew: autograd knows nothing of it.  None for None."""
         return array
 
     def of_memory(self, memory):
@@ -179,6 +179,14 @@ def library_of(array, argument):
     return library
 
 
+def as_numpy(array):
+    """A checked array on the CPU as one of NumPy, not copied: whatever its class, and the mode that PyTorch is in."""
+    if isinstance(array, np.ndarray):
+        return np.asarray(array)
+    library = library_of(array, "array")
+    return _library("numpy", "cpu").lent(library.pointer(array), library.dtype(array), tuple(array.shape), array)
+
+
 def library_on_gpu():
     """The library whose current stream is meant where no array says so: PyTorch if it has used a GPU, else CuPy if the program has
     imported it, else None."""
@@ -224,7 +232,7 @@ def view(memory, dtype, shape, offset):
 
 
 def signature(array):
-    """All of an argument that checks look at but for its address and values: two arguments with the same one pass the same checks."""
+    """All of an argument that checks look at but for its address and values: with the same one two pass the same checks."""
     return _signature_of(type(array))(array)
 
 
