@@ -62,7 +62,10 @@ class Torch(Library):
         return False
 
     def without_history(self, array):
-        return array.detach() if array is not None and (array.requires_grad or array._is_view()) else array
+        if array is None or not (array.requires_grad or array._is_view()):
+            return array
+        with belonging_to_no_mode():
+            return array.detach()
 
     def stream(self):
         if self.engine == "cpu":
