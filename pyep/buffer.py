@@ -5,6 +5,8 @@ Its operations are in `buffer_low_latency`.  Names, argument order and meaning f
 from . import arrays, config, events, layout
 from .buffer_high_throughput import HighThroughputOperations
 from .buffer_low_latency import LowLatencyOperations
+from .channels.boards import open_board
+from .channels.bootstrap import telling_failure
 from .checks import check_construction, check_shape
 from .checks_high_throughput import check_high_throughput_shape
 from .choices import choose_device
@@ -19,7 +21,8 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.  For each rank of
         another node as much as three times that is taken besides, see `pyep.layout.boxes`.
     num_qps_per_rank: the most channels to one rank of another node; there are as many, but no more than PYEP_NUM_PROXIES.
-    low_latency_mode, allow_nvlink_for_low_latency_mode, allow_mnnvl, explicitly_destroy: accepted for DeepEP's sake.
+    low_latency_mode, allow_nvlink_for_low_latency_mode, allow_mnnvl: accepted for DeepEP's sake.
+    explicitly_destroy: whether the program promises to call `destroy`: then a ResourceWarning tells that it did not.
     transport: "auto"; "host" for the CPU engine; for GPUs "ipc", of one host, or "mscclpp", of several too.  "auto" is "ipc" on one
         node and "mscclpp" on more, unless the environment's PYEP_TRANSPORT says otherwise.
     timeout_s: how long a rank waits for another before it raises `EPTimeoutError`.
@@ -34,10 +37,13 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     def __init__(self, group=None, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False,
                  comm=None, *, transport="auto", timeout_s=100.0):
-        check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s)
+        board = open_board(group, comm)
+        with telling_failure(board):
+            check_construction(num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s)
         self.group = comm if group is None else group
         self.num_nvl_bytes, self.num_rdma_bytes, self.low_latency_mode = int(num_nvl_bytes), int(num_rdma_bytes), low_latency_mode
-        connection = Connection(group, comm, self.num_rdma_bytes, self.num_nvl_bytes, transport, timeout_s, int(num_qps_per_rank))
+        connection = Connection(board, self.num_rdma_bytes, self.num_nvl_bytes, transport, timeout_s, int(num_qps_per_rank))
+        connection.close_with(self, explicitly_destroy)
         LowLatencyOperations.__init__(self, connection)
         HighThroughputOperations.__init__(self, connection, self.num_nvl_bytes)
         self.rank, self.group_size = self._connection.rank, self._connection.size
@@ -140,7 +146,13 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def destroy(self):
-        """Free everything; collective, idempotent.  After an error, or if a peer is gone, it does not wait for the others.
+        """Free everything; idempotent.  Every rank calls it, in whatever order if there are several Buffers, also after the group
+        or communicator is gone.
+
+        Where something may be freed only when the other ranks have let go of it (on GPUs memory, between nodes what still
+        travels), it waits for them for a second at most; what is left is freed when Buffers are made or destroyed later, or at
+        exit.  After an error it does not wait.  A Buffer that is dropped without it does the same when it is collected, but waits
+        for nobody.  Arrays of results keep the memory that they lie in.
 
         Raises what went wrong in the last operations, if that was not raised before; everything is freed all the same.
         """

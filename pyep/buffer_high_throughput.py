@@ -1,4 +1,5 @@
 """The high-throughput operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
+import functools
 import time
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ class HighThroughputOperations:
         self._kernels = Kernels(connection.engine, connection.size)
         self._checked, self._met = {}, {}                        # calls whose checks have passed; shapes, by fingerprint
         self._counts = {}                                        # memory in which layouts are counted
-        connection.words_for.update(dict.fromkeys(WORDS_FOR, self._high_throughput_error))
+        words = functools.partial(error_from, rank=connection.rank, shapes=self._met, half_bytes=connection.half_bytes,
+                                  num_ranks=connection.size, timeout_s=connection.timeout_s)
+        connection.words_for.update(dict.fromkeys(WORDS_FOR, words))
 
     def get_dispatch_layout(self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
         """Count what this rank sends to whom: what `dispatch` wants to be told.  No other rank takes part.
@@ -100,7 +103,7 @@ class HighThroughputOperations:
             connection.heap.capturing = library.is_capturing()
             self._check_uncached(library, shape, topk_idx, worst)
         else:
-            check_handle(handle, id(self))
+            check_handle(handle, connection.number)
             given = dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights, num_worst_tokens=worst)
             library, shape, index_bytes = check_cached(connection.engine, connection.size, values, scales, handle, given)
             connection.heap.capturing = library.is_capturing()
@@ -120,7 +123,7 @@ class HighThroughputOperations:
                           *[(lent or received.x).address for lent in received])      # what does not travel has a place all the same
         recv_x, sources, recv_topk_idx, recv_topk_weights, recv_scales = [lent and lent.array(library) for lent in received]
         if handle is None:
-            handle = HighThroughputHandle(id(self), known, library, sources, is_token_in_rank)
+            handle = HighThroughputHandle(connection.number, known, library, sources, is_token_in_rank)
         event = self._event(run, (x, counts, topk_idx, topk_weights, handle, received))
         recv_x = recv_x if scales is None else (recv_x, recv_scales)
         return recv_x, recv_topk_idx, recv_topk_weights, list(known.counts), handle, event
@@ -144,7 +147,7 @@ class HighThroughputOperations:
         connection.require_usable()
         connection.require_one_node("combine")
         check_run(config, previous_event)
-        check_handle(handle, id(self))
+        check_handle(handle, connection.number)
         known = handle.known
         library, shape, biases = check_combine(connection.engine, connection.size, x, handle, topk_weights, bias)
         connection.heap.capturing = library.is_capturing()
@@ -284,11 +287,6 @@ class HighThroughputOperations:
         if run.previous_event is not None:
             event.moment = run.previous_event.moment             # it does not cover what the caller's stream has done since
         return event
-
-    def _high_throughput_error(self, record):
-        """The error that a kernel gave up with, in words."""
-        connection = self._connection
-        return error_from(record, connection.rank, self._met, connection.half_bytes, connection.size, connection.timeout_s)
 
     def _forget_high_throughput(self):
         """Let go of all kernels and memory."""

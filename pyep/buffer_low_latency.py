@@ -1,4 +1,6 @@
 """The low-latency operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
+import functools
+
 from . import arrays, layout
 from .calls import Call
 from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_shape
@@ -19,7 +21,9 @@ class LowLatencyOperations:
         self._ready_bytes = 0                                    # of each half: holds the absence value, peers may write
         self._plans, self._shapes, self._in_flight = {}, {}, InFlight()
         self._calls, self._results, self._combine_inputs = {}, {}, {}
-        connection.words_for.update(dict.fromkeys(WORDS_FOR, self._error_from))
+        words = functools.partial(error_from, rank=connection.rank, shapes=self._shapes, half_bytes=connection.half_bytes,
+                                  timeout_s=connection.timeout_s)
+        connection.words_for.update(dict.fromkeys(WORDS_FOR, words))
 
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True,
@@ -69,7 +73,7 @@ class LowLatencyOperations:
         event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
                                 async_finish, previous_event)
         call.results.dispatches += 1                             # only now: a call that was refused is no dispatch
-        handle = LowLatencyHandle(id(self), call.results.dispatches, received, addresses, shape, num_tokens)
+        handle = LowLatencyHandle(self._connection.number, call.results.dispatches, received, addresses, shape, num_tokens)
         recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
         dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
         if shape.rank_major:
@@ -104,7 +108,7 @@ class LowLatencyOperations:
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
-        check_handle(handle, id(self))
+        check_handle(handle, self._connection.number)
         shape, num_tokens, known, waits = handle.shape, handle.num_tokens, handle.addresses, combine_wait_recv_cost_stats
         if shape.reduced:
             topk_idx = topk_weights = None
@@ -138,7 +142,7 @@ class LowLatencyOperations:
         recv_x.
         """
         self._connection.require_usable()
-        check_handle(handle, id(self))
+        check_handle(handle, self._connection.number)
         library, shape = arrays.library_of(handle[0], "handle"), handle.shape
         if (library, shape) not in self._combine_inputs:
             self._combine_inputs[library, shape] = library.empty((*recv_shape(shape), shape.hidden), "bfloat16")
@@ -245,11 +249,6 @@ class LowLatencyOperations:
                 start = layout.control_bytes(connection.size) + half * connection.half_bytes
                 connection.transport.fill(start + self._ready_bytes, nbytes - self._ready_bytes, 0xFF)
             self._ready_bytes = nbytes
-
-    def _error_from(self, record):
-        """The error that a wait gave up with, in words."""
-        connection = self._connection
-        return error_from(record, connection.rank, self._shapes, connection.half_bytes, connection.timeout_s)
 
     def _forget(self):
         """Let go of all arrays and kernels."""

@@ -8,12 +8,8 @@ from .events import EventOverlap
 from .results import LowLatencyHandle, recv_shape
 
 
-def check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s):
-    """The arguments of `Buffer`."""
-    if (group is None) == (comm is None):
-        raise ValueError("pass either group= (torch.distributed) or comm= (mpi4py), and not both")
-    if comm is not None and not hasattr(comm, "Idup"):
-        raise TypeError(f"comm is {comm!r}; expected an mpi4py communicator")
+def check_construction(num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s):
+    """The arguments of `Buffer`, but for group and comm, see `pyep.channels.boards`."""
     if enable_shrink:
         raise NotImplementedError(f"enable_shrink={enable_shrink!r} is not implemented yet; pass enable_shrink=False")
     for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):

@@ -110,5 +110,8 @@ class CpuEngine:
         """A compiled kernel; `overlap` is for the GPU's sake, and ignored."""
         return CpuKernel(fn, blocks, self.machine, shared_bytes, constants)
 
+    def use(self):
+        """Any thread may launch."""
+
     def synchronize(self):
         """Nothing runs once a call has returned."""

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import threading
 from types import SimpleNamespace
 
 from cuda.bindings import driver, runtime
@@ -109,7 +110,7 @@ class CudaEngine:
     def __init__(self, index):
         device = Device(index)
         device.set_current()
-        self.index, self.cc = index, tuple(device.compute_capability)
+        self.index, self.cc, self._known = index, tuple(device.compute_capability), threading.local()
         self.multiprocessors = device.properties.multiprocessor_count
         _, _, highest = driver.cuCtxGetStreamPriorityRange()     # other ranks wait for what runs here
         self._comm_stream = device.create_stream(options=StreamOptions(priority=highest))
@@ -161,8 +162,16 @@ class CudaEngine:
         `previous_kernel_done` first of all."""
         return CudaKernel(fn, self, blocks, threads, shared_bytes, overlap, constants)
 
+    def use(self):
+        """Make this the calling thread's GPU, if that has chosen none so far; quick in a thread that was here before."""
+        if not hasattr(self._known, "thread"):
+            if current_device() is None:
+                Device(self.index).set_current()
+            self._known.thread = True
+
     def synchronize(self):
         """Wait until nothing runs on the GPU."""
+        self.use()
         Device(self.index).sync()
 
 
