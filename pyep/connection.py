@@ -130,8 +130,8 @@ class Connection:
         if self.transport is None:
             return
         if self.transport.record[0]:
-            self.error = error = self._error_of(dict(zip(RECORD, self.transport.record)))
-            raise error
+            self.error = self._error_of(dict(zip(RECORD, self.transport.record)))
+            raise without_traceback(self.error)
         try:
             self.transport.check()
         except EPError as error:
@@ -171,21 +171,21 @@ class Connection:
         if self.transport is None:
             parting.tidy()
             return
-        unreported = None
+        unreported = False
         if self.error is None:
             try:
                 self.engine.synchronize()
                 self.check()
             except Exception as error:
-                self.error = unreported = error
+                self.error, unreported = error, True
         transport, self.transport = self.transport, None
         failure = None if self.error is None else failure_of(self.error)
         self.heap.let_go()
         wait_s = min(self.timeout_s, parting.WAIT_S) if transport.parts_in_stages and self.error is None else 0
         parting.leave(Parting(self._bootstrap, transport.parting(self.error is not None), failure), wait_s)
         parting.tidy()
-        if unreported is not None:
-            raise unreported
+        if unreported:
+            raise without_traceback(self.error)
 
     def close_with(self, owner, explicitly=False):
         """See that this is closed when its owner is collected, or the interpreter ends: alone, without a wait.

@@ -394,5 +394,5 @@ def test_without_mpi():
     """Processes that torchrun starts may not initialize MPI."""
     pytest.importorskip("torch")
     environment = {k: v for k, v in os.environ.items() if k != "PYEP_RANKS_PER_NODE"}
-    done = subprocess.run([sys.executable, "-c", NO_MPI], env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([sys.executable, "-c", NO_MPI], env=environment, capture_output=True, text=True, timeout=ranks.TIMEOUT)
     assert done.returncode == 0, done.stderr

@@ -51,6 +51,7 @@ def leave(thing, wait_s):
         if time.monotonic() >= deadline:
             _parked.append(thing)
             break
+        tidy()                                                   # it may have to wait for what is parked
         time.sleep(NAP_S)
 
 
