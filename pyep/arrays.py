@@ -2,6 +2,7 @@
 
 A library is imported only once the caller has handed in one of its arrays.
 """
+import contextlib
 import functools
 import math
 import sys
@@ -48,9 +49,27 @@ class Library:
         return False
 
     @staticmethod
-    def signature(array):
-        """All of an array that checks look at but for its address and values; quick to make, to compare and to hash."""
+    def signature_of(kind):
+        """A function of arrays of this type: all of an array that checks look at but for its address and values, quick to make, to
+        compare and to hash."""
         raise NotImplementedError
+
+    @staticmethod
+    def obstacle(array):
+        """What keeps kernels from the values of an array, in words; None if nothing does."""
+        return None
+
+    def lasting(self):
+        """A context in which to make arrays that outlive a call: they belong to no mode that its caller is in."""
+        return contextlib.nullcontext()
+
+    def has_history(self, *arrays):
+        """Whether autograd has attached something to any of these, of which some may be None."""
+        return False
+
+    def without_history(self, array):
+        """An array that outlives a call, to be handed out anew: the same memory, of which autograd knows nothing.  None for None."""
+        return array
 
     def of_memory(self, memory):
         """A `Memory` as an array, not copied."""
@@ -80,8 +99,8 @@ class _NumPy(Library):
         return np.empty(shape, self.dtype_of(dtype))
 
     @staticmethod
-    def signature(array):
-        return type(array), array.shape, array.dtype, array.flags.num
+    def signature_of(kind):
+        return lambda array: (kind, array.shape, array.dtype, array.flags.num)
 
     def of_memory(self, memory):
         return np.asarray(memory)
@@ -105,8 +124,8 @@ class _CuPy(Library):
         return super().dtype_of("uint8" if name == "float8_e4m3fn" else name)    # CuPy has no FP8: the bytes, for others to view
 
     @staticmethod
-    def signature(array):
-        return type(array), array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id
+    def signature_of(kind):
+        return lambda array: (kind, array.shape, array.dtype, array.flags.c_contiguous, array.data.device_id)
 
     def stream(self):
         return self.cupy.cuda.get_current_stream().ptr
@@ -123,69 +142,41 @@ class _CuPy(Library):
             return self.cupy.cuda.ExternalStream(stream, device)
 
 
-class _Torch(Library):
-    pointer = staticmethod(lambda array: array.data_ptr())
-    dtype = staticmethod(lambda array: str(array.dtype).removeprefix("torch."))
-    is_contiguous = staticmethod(lambda array: array.is_contiguous())
-
-    def __init__(self, name, engine):
-        super().__init__(name, engine)
-        import torch
-        self.torch = torch
-
-    def device(self, array):
-        return array.device.index or 0
-
-    def empty(self, shape, dtype):
-        return self.torch.empty(shape, dtype=self.dtype_of(dtype), device=self.engine)
-
-    @staticmethod
-    def signature(array):
-        return type(array), array.shape, array.dtype, array.is_contiguous(), array.device
-
-    def stream(self):
-        return self.torch.cuda.current_stream().cuda_stream if self.engine == "cuda" else 0
-
-    def is_capturing(self):
-        return self.engine == "cuda" and self.torch.cuda.is_current_stream_capturing()
-
-    def of_memory(self, memory):
-        return self.torch.as_tensor(memory, device="cuda") if self.engine == "cuda" else self.torch.from_numpy(np.asarray(memory))
-
-    def dtype_of(self, name):
-        return getattr(self.torch, name)
-
-    def external_stream(self, stream, device):
-        return self.torch.cuda.ExternalStream(stream, device=device)
-
-
-LIBRARIES = {"numpy": _NumPy, "cupy": _CuPy, "torch": _Torch}
+def _class_of(package):
+    if package == "torch":
+        from .tensors import Torch
+        return Torch
+    return _CuPy if package == "cupy" else _NumPy
 
 
 @functools.cache
-def _library(name, engine):
-    return LIBRARIES[name](name, engine)
+def _library(package, engine):
+    return _class_of(package)(package, engine)
+
+
+ARRAYS = ("numpy", "ndarray"), ("cupy", "ndarray"), ("torch", "Tensor")         # package, name of the class
 
 
 @functools.cache
 def _package(kind):
-    """Which library a type of arrays is of."""
-    package = kind.__module__.partition(".")[0]
-    if package == "numpy" and issubclass(kind, np.ndarray):
-        return "numpy"
-    known = package == "cupy" and hasattr(kind, "data") or package == "torch" and hasattr(kind, "data_ptr")
-    return package if known else None
+    """Which library a type of arrays is of; subclasses of arrays are arrays, whoever has defined them."""
+    names = [(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__]
+    return next((package for package, name in names if (package, name) in ARRAYS), None)
 
 
 def library_of(array, argument):
-    """The library of an array; TypeError if it is not one of ours, naming the argument."""
-    package = _package(type(array))
+    """The library of an array; TypeError, naming the argument, if it is of none of ours or has no memory that kernels can use."""
+    kind = type(array)
+    package = _package(kind)
     if package is None:
-        raise TypeError(f"{argument} is a {type(array).__module__}.{type(array).__qualname__}; "
+        raise TypeError(f"{argument} is a {kind.__module__}.{kind.__qualname__}; "
                         "expected a NumPy array, a CuPy array or a PyTorch tensor")
-    if package == "torch":
-        return _library("torch", "cuda" if array.is_cuda else "cpu")
-    return _library(package, "cpu" if package == "numpy" else "cuda")
+    on_gpu = array.is_cuda if package == "torch" else package == "cupy"
+    library = _library(package, "cuda" if on_gpu else "cpu")
+    obstacle = library.obstacle(array)
+    if obstacle is not None:
+        raise TypeError(f"{argument} is {obstacle}")
+    return library
 
 
 def library_on_gpu():
@@ -233,14 +224,14 @@ def view(memory, dtype, shape, offset):
 
 
 def signature(array):
-    """`Library.signature`, of anything: two arguments with the same one pass the same checks."""
+    """All of an argument that checks look at but for its address and values: two arguments with the same one pass the same checks."""
     return _signature_of(type(array))(array)
 
 
 @functools.cache
 def _signature_of(kind):
     package = _package(kind)
-    return type if package is None else LIBRARIES[package].signature
+    return type if package is None else _class_of(package).signature_of(kind)
 
 
 def check(array, argument, library, dtypes, shape, writable=False):

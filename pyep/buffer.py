@@ -4,12 +4,13 @@ Its operations are in `buffer_low_latency`.  Names, argument order and meaning f
 """
 from . import arrays, config, events, layout
 from .buffer_high_throughput import HighThroughputOperations
-from .buffer_low_latency import LowLatencyOperations
+from .buffer_low_latency import LowLatencyOperations, ReceiveHook
 from .channels.boards import open_board
 from .channels.bootstrap import telling_failure
 from .checks import check_construction, check_shape
 from .checks_high_throughput import check_high_throughput_shape
 from .choices import choose_device
+from .compiled import leave_alone
 from .connection import Connection
 
 
@@ -37,6 +38,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     def __init__(self, group=None, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, explicitly_destroy=False, enable_shrink=False,
                  comm=None, *, transport="auto", timeout_s=100.0):
+        leave_alone(type(self), ReceiveHook, events.EventOverlap)
         board = open_board(group, comm)
         with telling_failure(board):
             check_construction(num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s)

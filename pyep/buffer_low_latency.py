@@ -144,9 +144,15 @@ class LowLatencyOperations:
         self._connection.require_usable()
         check_handle(handle, self._connection.number)
         library, shape = arrays.library_of(handle[0], "handle"), handle.shape
-        if (library, shape) not in self._combine_inputs:
-            self._combine_inputs[library, shape] = library.empty((*recv_shape(shape), shape.hidden), "bfloat16")
-        return self._combine_inputs[library, shape]
+        array = self._combine_inputs.get((library, shape))
+        if array is None:
+            if library.is_capturing():
+                raise RuntimeError("the first get_next_low_latency_combine_buffer of a shape makes memory that outlives a graph: call "
+                                   "it once before capturing")
+            with library.lasting():
+                array = library.empty((*recv_shape(shape), shape.hidden), "bfloat16")
+        self._combine_inputs[library, shape] = array = library.without_history(array)
+        return array
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Make the buffer ready for a shape: it always is, since readers clean behind themselves.  Checks that the shape fits."""

@@ -53,15 +53,21 @@ class Results:
 
     def __init__(self, library, shape, ports):
         """ports: 0 if there are no port peers."""
-        self.dispatches = 0
-        sets = [_allocate(library, shape, ports) for _ in range(2)]
-        selected = [_filled(library, (shape.max_tokens, shape.num_topk), -1) for _ in range(3)]
+        self.dispatches, self._library = 0, library
+        with library.lasting():
+            sets = [list(map(library.without_history, _allocate(library, shape, ports))) for _ in range(2)]
+            selected = [_filled(library, (shape.max_tokens, shape.num_topk), -1) for _ in range(3)]
         turns = [Received(*sets[i % 2], selected[i % 3]) for i in range(6)]
         self._turns = [(received, Received(*(0 if a is None else library.pointer(a) for a in received))) for received in turns]
 
     def next(self):
         """The arrays for the next dispatch, and their addresses, 0 for None."""
-        return self._turns[self.dispatches % 6]
+        turn, library = self.dispatches % 6, self._library
+        received, addresses = self._turns[turn]
+        if library.has_history(received.recv_x, received.scales, received.weight_of):
+            received = Received(*map(library.without_history, received))
+            self._turns[turn] = received, addresses
+        return received, addresses
 
 
 def recv_shape(shape):
