@@ -163,7 +163,7 @@ def test_missing_package(variables, capsys, monkeypatch):
     points("--sweep", "tokens=1")
     with pytest.raises(SystemExit, match="2"):
         points("--sweep", "tokens=1", "--plot", "a.png")
-    assert "--plot needs the package matplotlib, which is not installed: pip install 'pyep[bench]'" in capsys.readouterr().err
+    assert "--plot needs the package matplotlib, which is not installed: pip install --editable '.[bench]'" in capsys.readouterr().err
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from ..choices import TRANSPORTS, choose_device, choose_transport
+from ..choices import TRANSPORTS, choose_device, choose_transport, install
 from ..errors import EPTransportError
 from .points import points, sweep, whole
 
@@ -105,7 +105,7 @@ def require_packages(names):
     """ValueError that says what to install, for packages that are missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"{PACKAGES[name]} needs the package {name}, which is not installed: pip install 'pyep[bench]'")
+            raise ValueError(f"{PACKAGES[name]} needs the package {name}, which is not installed: {install('bench')}")
 
 
 def check_together(args):

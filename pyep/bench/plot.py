@@ -2,7 +2,7 @@
 import matplotlib
 
 matplotlib.use("Agg")                                            # no display
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from .report import shape
 
@@ -20,8 +20,7 @@ def draw(args, machine, results):
         bounds(latency, swept, group, "bound" if i == 0 else None, args.benchmark.rows, colors)
     if args.link_gbps:
         bandwidth.axhline(args.link_gbps, color="black", linewidth=1, linestyle=":", label=f"link, {args.link_gbps:g} GB/s")
-    latency.set_yscale("log")
-    latency.yaxis.set_major_formatter("{x:g}")
+    in_logarithms(latency)
     bandwidth.set_ylim(bottom=0)
     finish(latency, swept, values, "microseconds, slowest rank")
     finish(bandwidth, swept, values, "wire GB/s per rank")
@@ -58,6 +57,15 @@ def bounds(latency, swept, group, label, rows, colors):
     for name in first.values():
         latency.plot(x, [result[name]["bound_us"] for result in group], color=colors[name], linewidth=1, linestyle=":",
                      label=label and f"{name}, {label}")
+
+
+def in_logarithms(axes):
+    """A logarithmic y axis with numbers along it, also where all that is drawn lies between two powers of ten."""
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8) if top < 10 * bottom else ticker.LogLocator(10, (1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom, top)
 
 
 def finish(axes, swept, values, what):
