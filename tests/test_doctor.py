@@ -133,7 +133,7 @@ importlib.metadata.version = of_cpu"""
     assert line_of(done.stdout, "for PyTorch") == "not installed: torch (needed for its tensors)"
     assert line_of(done.stdout, "MSCCL++").startswith("MSCCL++ is not installed")
     wanted = section_of(done.stdout, "optional")
-    for fix in ("pyep[cuda]", "pyep[torch]", "pyep[bench]", "git+https://github.com/microsoft/mscclpp"):
+    for fix in ("'.[cuda]'", "'.[torch]'", "'.[bench]'", "git+https://github.com/microsoft/mscclpp"):
         assert any(fix in line for line in wanted), wanted
 
 

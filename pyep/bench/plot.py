@@ -14,7 +14,8 @@ def draw(args, machine, results):
     (swept, values), *others = args.sweep
     figure, (latency, bandwidth) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     colors = {name: f"C{i}" for i, name in enumerate(args.benchmark.rows)}
-    for i, (label, group) in enumerate(series(results, [name for name, _ in others]).items()):
+    named = [name for name, _ in others] + ["array"] * (len(args.arrays) > 1)
+    for i, (label, group) in enumerate(series(results, named).items()):
         group.sort(key=lambda result: result[swept])
         curves(latency, bandwidth, swept, group, label, colors, STYLES[i % len(STYLES)])
         bounds(latency, swept, group, "bound" if i == 0 else None, args.benchmark.rows, colors)
@@ -32,11 +33,12 @@ def draw(args, machine, results):
 
 
 def series(results, others):
-    """The results of each curve, by its label: the mode, and what the sweeps after the first say."""
+    """The results of each curve, by its label: the mode, and what the sweeps after the first say.  Not what the host needs."""
     found = {}
     for result in results:
-        label = ", ".join([result["mode"], *(f"{name} {result[name]}" for name in others)])
-        found.setdefault(label, []).append(result)
+        if result["mode"] != "host":
+            label = ", ".join([result["mode"], *(f"{name} {result[name]}" for name in others)])
+            found.setdefault(label, []).append(result)
     return found
 
 
