@@ -1,6 +1,7 @@
 """Wrong arguments: an error before anything is launched that names the argument, what it was and what is accepted."""
 import re
 import time
+from functools import partial
 
 import numpy as np
 import pytest

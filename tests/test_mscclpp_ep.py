@@ -1,5 +1,6 @@
 """pyep.mscclpp_ep in place of MSCCL++'s extension: a program built as its own tests of both interfaces."""
 import inspect
+import weakref
 
 import pytest
 import ranks
@@ -105,14 +106,12 @@ def test_program(tmp_path):
 
 def test_results_go_when_their_tensors_are_dropped():
     """A tensor carries its handle, and the handle does not refer to that tensor: no circle keeps memory."""
-    import weakref
-
     from pyep import mscclpp_ep as ep
 
-    class Handle(tuple):
-        pass
-    tensor = torch.zeros(3)
-    handle = Handle((tensor,))
+    class Handle:
+        tensor = None
+    tensor, handle = torch.zeros(3), Handle()
+    handle.tensor = tensor
     gone = weakref.ref(handle)
     alias = ep.carrying(tensor, handle)
     assert ep.carried(alias, "send_head") is handle and alias.data_ptr() == tensor.data_ptr()
