@@ -2,6 +2,8 @@
 
 Its operations are in `buffer_low_latency`.  Names, argument order and meaning follow DeepEP's V1 `deep_ep.Buffer`.
 """
+import weakref
+
 from . import arrays, config, events, layout
 from .buffer_high_throughput import HighThroughputOperations
 from .buffer_low_latency import LowLatencyOperations, ReceiveHook
@@ -49,6 +51,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         LowLatencyOperations.__init__(self, connection)
         HighThroughputOperations.__init__(self, connection, self.num_nvl_bytes)
         self.rank, self.group_size = self._connection.rank, self._connection.size
+        self._local_buffers = weakref.WeakValueDictionary()      # by use_rdma_buffer, see `get_local_buffer_tensor`
         self.engine = self._connection.engine.name               # "cpu" or "cuda"
         self.transport = self._connection.transport.name         # "host", "ipc" or "mscclpp"
 
@@ -83,17 +86,29 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         return library.external_stream(self._connection.streams.comm, self._connection.engine.index)
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
-        """This rank's symmetric memory as an array, not copied: to look at, for what lies there is the protocol's (see
-        `pyep.layout.draw`).  Valid until `destroy`.
+        """An array of this rank that the caller may overwrite, zero for instance, at any time: no operation reads or writes it.
+
+        DeepEP hands out the memory that its operations use; programs zero it to make a Buffer clean.  Here nothing ever needs to
+        be cleaned, and zeros there would be data.  So this is memory of its own, allocated when it is asked for, and kept as long
+        as there are arrays over it.  To look at the Buffer's memory: `symmetric_memory`.
 
         dtype: PyTorch's for a tensor, else NumPy's.  size: the shape; all there is if None.  offset: in bytes.
-        use_rdma_buffer: the memory of the low-latency operations, control words included; else the heap of num_nvl_bytes.
+        use_rdma_buffer: there are num_rdma_bytes, else num_nvl_bytes.
         """
         self._connection.require_usable()
-        transport, heap = self._connection.transport, self._connection.heap
-        begin, nbytes = (0, self._connection.nbytes) if use_rdma_buffer else (heap.offset, heap.nbytes)
-        memory = arrays.Memory(self.engine, transport.base + begin, (nbytes,), transport.memory)
+        memory = self._local_buffers.get(use_rdma_buffer)
+        if memory is None:
+            memory = arrays.allocate(self.engine, self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes, dtype)
+            self._local_buffers[use_rdma_buffer] = memory
         return arrays.view(memory, dtype, size, offset)
+
+    def symmetric_memory(self, dtype, size=None, offset=0):
+        """This rank's control words and halves as an array, not copied: to look at, for all of it is the protocol's (see
+        `pyep.layout.draw`).  Valid until `destroy`.  dtype, size, offset: as for `get_local_buffer_tensor`."""
+        self._connection.require_usable()
+        transport = self._connection.transport
+        return arrays.view(arrays.Memory(self.engine, transport.base, (self._connection.nbytes,), transport.memory), dtype, size,
+                           offset)
 
     capture = staticmethod(events.capture)
 

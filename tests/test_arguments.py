@@ -1,6 +1,7 @@
 """Wrong arguments: an error before anything is launched that names the argument, what it was and what is accepted."""
 import re
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -352,11 +353,12 @@ def ask_wrongly(comm):
             with rejected(NotImplementedError, "enable_shrink=True", "EPTimeoutError"):
                 call()
         assert len(buf.get_local_buffer_tensor("uint8")) == 0    # no num_nvl_bytes
-        for offset in (-8, 4, 2**40):
-            with rejected(ValueError, "offset", str(offset), "multiple of 8"):
-                buf.get_local_buffer_tensor("int64", offset=offset, use_rdma_buffer=True)
-        with rejected(ValueError, "size", f"[{2**30}, 2]", "room"):
-            buf.get_local_buffer_tensor("int64", (2**30, 2), use_rdma_buffer=True)
+        for memory in partial(buf.get_local_buffer_tensor, use_rdma_buffer=True), buf.symmetric_memory:
+            for offset in (-8, 4, 2**40):
+                with rejected(ValueError, "offset", str(offset), "multiple of 8"):
+                    memory("int64", offset=offset)
+            with rejected(ValueError, "size", f"[{2**30}, 2]", "room"):
+                memory("int64", (2**30, 2))
         run_round(buf, CASE)
 
 
