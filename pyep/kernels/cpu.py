@@ -110,5 +110,9 @@ class CpuEngine:
         """A compiled kernel; `overlap` is for the GPU's sake, and ignored."""
         return CpuKernel(fn, blocks, self.machine, shared_bytes, constants)
 
+    def copy(self, to, source, nbytes, stream):
+        """Copy bytes, both addresses in this process."""
+        ctypes.memmove(to, source, nbytes)
+
     def synchronize(self):
         """Nothing runs once a call has returned."""

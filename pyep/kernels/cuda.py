@@ -161,6 +161,12 @@ class CudaEngine:
         `previous_kernel_done` first of all."""
         return CudaKernel(fn, self, blocks, threads, shared_bytes, overlap, constants)
 
+    def copy(self, to, source, nbytes, stream):
+        """Copy bytes within the GPU's memory, behind all that was put on a stream; may be captured into a graph."""
+        error, = driver.cuMemcpyDtoDAsync(to, source, nbytes, stream)
+        if error:
+            raise RuntimeError(f"cuMemcpyDtoDAsync of {nbytes} bytes failed: {error.name}")
+
     def synchronize(self):
         """Wait until nothing runs on the GPU."""
         Device(self.index).sync()

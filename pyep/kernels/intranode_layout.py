@@ -3,7 +3,7 @@
 Each block counts its own tokens in shared memory and leaves the counts for the block that is done last, which adds them up: so
 nothing must be cleared before, and there is one launch.
 """
-from ..channels.memory import report
+from ..channels.memory import refuse
 from .basics import expert_at, start
 from .intranode import BAD_SELECTION, EXPERTS, LOCAL_EXPERTS, RANKS, TOPK, is_last_block
 from .lang import (add4_shared, block_rank, ld4_relaxed_if, ld4_shared, num_blocks, num_threads, shared, st1, st4, st4_shared,
@@ -39,7 +39,7 @@ def count_selections(watch, me, topk_idx, num_tokens):
     while i < num_tokens * TOPK:
         expert = expert_at(topk_idx, i)
         if expert < -1 or expert >= EXPERTS:
-            report(watch, BAD_SELECTION, me, watch[0], udiv(i, TOPK), expert)
+            refuse(watch, me, BAD_SELECTION, me, udiv(i, TOPK), expert)
         elif expert >= 0:
             add4_shared(shared() + 4 * expert, 1)
         i += num_blocks() * num_threads()
