@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from . import arrays
 from .checks import check_experts
-from .checks_high_throughput import (LAYOUT, check_cached, check_combine, check_dispatch, check_fits_handle, check_handle,
-                                     check_layout, check_none, check_run, strides, values_and_scales)
+from .checks_high_throughput import (LAYOUT, biases_of, check_cached, check_combine, check_dispatch, check_fits_handle,
+                                     check_handle, check_layout, check_library, check_none, check_run, strides, values_and_scales)
 from .events import EventOverlap
 from .high_throughput import UNLIMITED, Kernels, Plan
 from .high_throughput_errors import WORDS_FOR, error_from, too_small
@@ -108,18 +108,19 @@ class HighThroughputOperations:
         if handle is None:
             moved = self._check("dispatch", check_dispatch, (values, scales, *counts, topk_idx, topk_weights),
                                 (expert_alignment, num_worst_tokens, strides(values), strides(scales)))
-            self._check_uncached(moved, topk_idx)
         else:
             check_handle(handle, id(self))
             if num_worst_tokens or any(a is not None for a in (*counts, topk_idx, topk_weights)):
                 check_none(dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights, num_worst_tokens=num_worst_tokens))
             moved = self._check("cached", check_cached, (values, scales), (strides(values), strides(scales)))
             check_fits_handle(moved, values, handle)
+        connection.heap.capturing = moved.library.is_capturing()
+        if handle is None:
+            self._check_uncached(moved, topk_idx)
         library, num_tokens, known = moved.library, values.shape[0], handle and handle.known
         at_x, at_scales = aligned(library, values, "x"), 0 if scales is None else library.pointer(scales)
         scale_item, *scale_strides = moved.scales_from(at_scales)
         plan = self._ready(library, moved.shape, moved.index_bytes, scale_item, self._sms(config), self._most(moved, num_tokens, known))
-        connection.heap.capturing = library.is_capturing()
         run = self._enter(library, async_finish, previous_event)
         if known is None:
             known, words = self._exchange(run, plan, moved, *counts, num_tokens)
@@ -156,7 +157,9 @@ class HighThroughputOperations:
         check_run(config, previous_event)
         check_handle(handle, id(self))
         known = handle.known
-        library, shape, biases = check_combine(connection.engine, connection.size, x, handle, topk_weights, bias)
+        biases = biases_of(bias)
+        library, shape = self._check("combine", check_combine, (x, topk_weights, *biases), (known.num_rows, known.num_tokens))
+        check_library(handle, library)
         num_tokens, at = known.num_tokens, library.pointer
         inputs = [aligned(library, x, "x"), 0 if topk_weights is None else at(topk_weights)]
         biases = [aligned(library, b, "bias") for b in biases]
@@ -199,7 +202,7 @@ class HighThroughputOperations:
         """What the checks of a dispatch that exchanges counts cannot remember."""
         if moved.library.engine == "cpu" and topk_idx is not None:
             check_experts(topk_idx, moved.shape.num_experts)
-        if not moved.num_worst_tokens and moved.library.is_capturing():
+        if self._connection.heap.capturing and not moved.num_worst_tokens:
             raise RuntimeError("dispatch waits on the host for the number of rows, which a graph cannot do: pass num_worst_tokens "
                                "or a handle")
 

@@ -215,26 +215,30 @@ def check_fits_handle(moved, values, handle):
         raise ValueError(f"x has {values.shape[0]} tokens; expected the {handle.known.num_tokens} that handle is for")
 
 
-def check_combine(engine, num_ranks, x, handle, topk_weights, bias):
-    """The arguments of a combine, likewise; also bias as a tuple of arrays."""
+def biases_of(bias):
+    """bias as a tuple of arrays."""
+    biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
+    if len(biases) > 2:
+        raise ValueError(f"bias has {len(biases)} arrays; expected at most 2")
+    return biases
+
+
+def check_combine(engine, num_ranks, x, topk_weights, *rest):
+    """The arguments of a combine, likewise: (library, `Shape`).  rest: the biases, then N and T of the handle."""
+    *biases, num_rows, num_tokens = rest
     library = library_on(engine, x, "x")
-    check_library(handle, library)
-    arrays.check(x, "x", library, ("bfloat16",), (handle.known.num_rows, "H"))
+    arrays.check(x, "x", library, ("bfloat16",), (num_rows, "H"))
     hidden = x.shape[1]
     check_hidden(hidden)
     num_topk = 0
     if topk_weights is not None:
-        arrays.check(topk_weights, "topk_weights", library, ("float32",), (handle.known.num_rows, "K"))
+        arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_rows, "K"))
         num_topk = topk_weights.shape[1]
         if num_topk < 1:
             raise ValueError("topk_weights has 0 weights a row; expected at least 1")
-    biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
-    if len(biases) > 2:
-        raise ValueError(f"bias has {len(biases)} arrays; expected at most 2")
     for i, array in enumerate(biases):
-        arrays.check(array, f"bias[{i}]" if isinstance(bias, (tuple, list)) else "bias", library, ("bfloat16",),
-                     (handle.known.num_tokens, hidden))
-    return library, Shape(COMBINE, num_ranks, hidden, num_topk=num_topk, weighted=num_topk > 0), biases
+        arrays.check(array, f"bias[{i}]" if len(biases) > 1 else "bias", library, ("bfloat16",), (num_tokens, hidden))
+    return library, Shape(COMBINE, num_ranks, hidden, num_topk=num_topk, weighted=num_topk > 0)
 
 
 def check_high_throughput_shape(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results):

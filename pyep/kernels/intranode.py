@@ -92,9 +92,10 @@ def wait_places(watch, wait, me, operation, sections, table):
     rank = num_threads() - 1 - thread_rank()
     while rank < RANKS:
         other = wait_count(watch, wait, rank, place_slot(base, rank, OPERATION))
-        if other != operation:                                   # 0 if it never came: the first report counts
-            refuse(watch, me, OTHER_CALL, rank, operation, other)
+        if other != operation:
             missing = 1
+            if other != 0:                                       # it has come
+                refuse(watch, me, OTHER_CALL, rank, operation, other)
         rank += num_threads()
     return 1 - syncthreads_or(missing)
 
