@@ -69,10 +69,10 @@ class HighThroughputOperations:
                  previous_event=None, async_finish=False, allocate_on_comm_stream=False):
         """Send every token once to each rank that owns one of its experts.
 
-        x: [T, H] bf16, or of any type of one byte where H is a multiple of 16; rows may lie apart, by a multiple of 16 bytes.  Or the
-            pair (values of such a type, scales [T, S] or [T] of fp32, int32, uint8, float8_e8m0fnu, bf16.., in any strides).  All of
-            it travels byte for byte as it is: quantized in blocks of any size, packed FP4, packed exponents.  T may differ between
-            ranks.
+        x: [T, H] bf16, or of any type of one byte where H is a multiple of 16; rows may lie apart, by a multiple of 16 bytes.  Or
+            the pair (values of such a type, scales [T, S] or [T] of fp32, int32, uint8, float8_e8m0fnu, bf16.., in any strides).
+            All of it travels byte for byte as it is: quantized in blocks of any size, packed FP4, packed exponents.  T may differ
+            between ranks.
         handle: of an earlier dispatch, whose layout this one has: no counts are exchanged and only x moves (*cached*); the
             arguments up to topk_weights must then be None.
         num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: as `get_dispatch_layout` returns them.
@@ -90,14 +90,14 @@ class HighThroughputOperations:
 
         Returns (recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle, event).
         recv_x: [N, H] like x, or a pair like it, contiguous; ordered by (source rank, source token).  recv_topk_idx [N, K] int64:
-        local experts, -1 where an expert is another rank's.  recv_topk_weights [N, K] fp32: 0 there.  The list has the selections of
-        each local expert.  With num_worst_tokens the list is empty, recv_topk_idx is -1 and recv_topk_weights 0 in rows that no token
-        came to, and recv_x is undefined there.
+        local experts, -1 where an expert is another rank's.  recv_topk_weights [N, K] fp32: 0 there.  The list has the selections
+        of each local expert.  With num_worst_tokens the list is empty, recv_topk_idx is -1 and recv_topk_weights 0 in rows that no
+        token came to, and recv_x is undefined there.
 
         Results lie where the peers wrote them, in num_nvl_bytes, as long as there is space, and hold it as long as arrays over them
         live.  Where there is none, all results of the dispatch are copied, once, into memory of their library (`copied_results`
-        counts).  So it does not matter how many results are held.  `EPBufferTooSmallError` is raised where this one operation is too
-        large for num_nvl_bytes: without num_worst_tokens on all ranks, in the same call; the buffer stays usable.
+        counts).  So it does not matter how many results are held.  `EPBufferTooSmallError` is raised where this one operation is
+        too large for num_nvl_bytes: without num_worst_tokens on all ranks, in the same call; the buffer stays usable.
         """
         connection = self._connection
         connection.require_usable()
@@ -111,7 +111,8 @@ class HighThroughputOperations:
         else:
             check_handle(handle, id(self))
             if num_worst_tokens or any(a is not None for a in (*counts, topk_idx, topk_weights)):
-                check_none(dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights, num_worst_tokens=num_worst_tokens))
+                check_none(dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights,
+                                num_worst_tokens=num_worst_tokens))
             moved = self._check("cached", check_cached, (values, scales), (strides(values), strides(scales)))
             check_fits_handle(moved, values, handle)
         connection.heap.capturing = moved.library.is_capturing()
@@ -120,7 +121,8 @@ class HighThroughputOperations:
         library, num_tokens, known = moved.library, values.shape[0], handle and handle.known
         at_x, at_scales = aligned(library, values, "x"), 0 if scales is None else library.pointer(scales)
         scale_item, *scale_strides = moved.scales_from(at_scales)
-        plan = self._ready(library, moved.shape, moved.index_bytes, scale_item, self._sms(config), self._most(moved, num_tokens, known))
+        plan = self._ready(library, moved.shape, moved.index_bytes, scale_item, self._sms(config),
+                           self._most(moved, num_tokens, known))
         run = self._enter(library, async_finish, previous_event)
         if known is None:
             known, words = self._exchange(run, plan, moved, *counts, num_tokens)
@@ -207,8 +209,8 @@ class HighThroughputOperations:
                                "or a handle")
 
     def _most(self, moved, num_tokens, known):
-        """Of a dispatch, as far as it is known by now: the rows that it stores on a rank, those that it receives, those that go from
-        a rank to others."""
+        """Of a dispatch, as far as it is known by now: the rows that it stores on a rank, those that it receives, those that go
+        from a rank to others."""
         if known is not None:
             return known.most_received, known.most_received, known.most_sent
         return moved.num_worst_tokens, moved.num_worst_tokens, num_tokens * (self._connection.size - 1)
@@ -261,7 +263,7 @@ class HighThroughputOperations:
             self._follow(run)
 
     def _exchange(self, run, plan, moved, per_rank, in_rank, per_expert, num_tokens):
-        """Exchange counts; wait for them, unless there is room for the worst.  The layout that this rank knows then, and its `Words`."""
+        """Exchange counts; wait for them, unless there is room for the worst.  The layout that this rank knows then; its `Words`."""
         connection, at, worst = self._connection, run.library.pointer, moved.num_worst_tokens
         ranks, transport = connection.size, connection.transport
         words = Words(transport.base, connection.heap, run.library, ranks, num_tokens)
@@ -270,7 +272,8 @@ class HighThroughputOperations:
         self._cover(run)
         transport.answer[STATE] = 0
         connection.launch(plan.kernels["notify"], run.stream, *self._common(), plan.fingerprint, at(per_rank), at(per_expert),
-                          at(in_rank), num_tokens, worst, moved.expert_alignment, *words.addresses, 0 if worst else transport.answers)
+                          at(in_rank), num_tokens, worst, moved.expert_alignment, *words.addresses,
+                          0 if worst else transport.answers)
         most = num_tokens * (ranks - 1)
         known = (worst, most, worst, most, []) if worst else self._wait_for_counts(moved.shape)
         known = Known(*words.addresses, num_tokens, *known)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from . import arrays, layout
 from .checks import check_async, index_bytes_of, library_on
 from .config import Config
-from .high_throughput import COMBINE, DISPATCH, Shape
+from .high_throughput import Shape
+from .high_throughput_errors import COMBINE, DISPATCH
 from .high_throughput_results import HighThroughputHandle, Kind
 from .kernels.intranode import ROW, SCALES, SOURCE, TOPK_IDX, TOPK_WEIGHTS
 

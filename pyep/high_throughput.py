@@ -7,7 +7,7 @@ import zlib
 from typing import NamedTuple
 
 from . import layout
-from .high_throughput_errors import COMBINE, DISPATCH
+from .high_throughput_errors import COMBINE
 from .kernels import intranode as kernels
 from .kernels.basics import list_bytes
 from .kernels.intranode_combine import combine

@@ -1,4 +1,4 @@
-"""What a high-throughput dispatch leaves: where its results lie while it runs and after it, the handle, what is known of the layout."""
+"""What a high-throughput dispatch leaves: its results, where they lie while it runs and after it; the handle; the layout as known."""
 from typing import NamedTuple
 
 from .kernels.intranode_notify import COUNTS, MOST_RECEIVED, MOST_SENT, RECEIVED, SENT

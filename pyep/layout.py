@@ -88,8 +88,8 @@ def control(num_ranks):
     High throughput, where each launch of a kernel has an epoch of its own, and words hold epoch << 32 | value:
 
     ht_epoch    as epoch
-    ht_counts   entry 0: the rows for which that source has room; 1: what it does, a number; 2 + r: its tokens for rank r; 2 + R + e:
-                its selections of local expert e.  By parity of the epoch: nothing tells when they have been read
+    ht_counts   entry 0: the rows for which that source has room; 1: what it does, a number; 2 + r: its tokens for rank r;
+                2 + R + e: its selections of local expert e.  By parity of the epoch: nothing tells when they have been read
     place       where that source wants the rows, and what goes with them, as (offset in its memory) / 16; the last two: why it has
                 given up, if that was for a reason of its own; what it does
     done        that source has sent all of a launch, and read what it was told
@@ -252,7 +252,7 @@ class Rows(NamedTuple):
     scales: int = 0                     # that belong to the values
 
     def starts(self, num_rows, start=0):
-        """Where the sections begin, one after another from byte `start` on and each on a line of its own, and where the last ends."""
+        """Where the sections begin, one after another from byte `start` on, each on a line of its own, and where the last ends."""
         starts = [start]
         for item in self:
             start += align(item * num_rows)
@@ -272,7 +272,8 @@ class Rows(NamedTuple):
 
 
 def dispatched_rows(hidden_bytes, num_topk=0, weighted=False, scale_bytes=0, sources=True):
-    """The `Rows` of a dispatch.  hidden_bytes, scale_bytes, num_topk: of a token's values, scales and selections; 0 if none travel."""
+    """The `Rows` of a dispatch.  hidden_bytes, scale_bytes: of a token's values and scales; num_topk: of its selections; 0 if none
+    travel."""
     return Rows(hidden_bytes, 4 if sources else 0, 8 * num_topk, 4 * num_topk if weighted else 0, scale_bytes)
 
 
@@ -292,7 +293,7 @@ def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidde
 
     hidden_bytes: of a row, scales included.
     """
-    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens) + LINE     # scales: on their own line
+    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens) + LINE     # scales are apart
     staging = combined_rows(hidden, num_topk).nbytes((num_ranks - 1) * num_max_tokens)
     handle = align(4 * num_ranks * (num_ranks + num_max_tokens))                                # rank_prefix_matrix, send_rows
     return max(3 * max(results, staging), align(-(-3 * num_results * (results + handle) // 2)))

@@ -5,7 +5,6 @@ test_high_throughput_memory: results in little memory; test_high_throughput_opaq
 import dataclasses
 import functools
 import os
-import re
 import time
 
 import numpy as np

@@ -8,7 +8,7 @@ from high_throughput_case import Case, carried, counts_of, dispatch, run_round
 from ml_dtypes import bfloat16, float8_e4m3fn
 from rejection import rejected, zeros
 
-from pyep import Buffer, EPError, EPRoutingError
+from pyep import Buffer
 from pyep.config import Config
 
 T, H, E, K = 5, 128, 4, 3  # tokens, hidden, experts of one rank, top-k
@@ -61,7 +61,8 @@ DISPATCH = {
     "scales a list": (lambda a: dict(x=(pair()[0], [1.0] * T)), TypeError, "scales", "list", "NumPy"),
     "scales of other tokens": (lambda a: dict(x=(pair()[0], pair(T + 1)[1])), ValueError, "scales", "[6, 1]", "[5, S]"),
     "no scales": (lambda a: dict(x=pair(columns=0)), ValueError, "scales", "[5, 0]", "[5, S]"),
-    "scales of three dimensions": (lambda a: dict(x=(pair()[0], zeros(T, 1, 1, dtype="float32"))), ValueError, "scales", "[5, 1, 1]"),
+    "scales of three dimensions": (lambda a: dict(x=(pair()[0], zeros(T, 1, 1, dtype="float32"))), ValueError,
+                                   "scales", "[5, 1, 1]"),
     "FP8 of hidden 24": (lambda a: dict(x=pair(hidden=24)), ValueError, "hidden", "24", "multiple of 16"),
     "no num_tokens_per_rank": (lambda a: dict(num_tokens_per_rank=None), (TypeError, ValueError), "num_tokens_per_rank", "None"),
     "num_tokens_per_rank a list": (lambda a: dict(num_tokens_per_rank=[T]), TypeError, "num_tokens_per_rank", "list"),

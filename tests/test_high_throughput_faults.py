@@ -151,7 +151,8 @@ REFUSES, LONG = 1, 60                                            # the rank that
 
 
 # By name: (what the ranks do; the others').
-CALLS = {"a combine in a cached dispatch": (cached_dispatch, one_combine), "a cached dispatch in a combine": (one_combine, cached_dispatch),
+CALLS = {"a combine in a cached dispatch": (cached_dispatch, one_combine),
+         "a cached dispatch in a combine": (one_combine, cached_dispatch),
          "a combine in an exchange": (first_dispatch, one_combine), "an exchange in a combine": (one_combine, first_dispatch),
          "rows for the worst in an exchange": (first_dispatch, worst_dispatch),
          "an exchange among rows for the worst": (worst_dispatch, first_dispatch)}
@@ -210,7 +211,9 @@ def lay_out_wrongly(buf, handle):
         buf.get_dispatch_layout(up(idx), 4 * buf.group_size)[4].synchronize()
 
 
-REFUSALS = {count_wrongly: (first_dispatch, "num_tokens_per_rank of rank 1 says that .* is_token_in_rank says", "its num_tokens_per_rank"),
+# By what rank 1 does: (what the others do; words of its error, of theirs).
+REFUSALS = {count_wrongly: (first_dispatch, "num_tokens_per_rank of rank 1 says that .* is_token_in_rank says",
+                            "its num_tokens_per_rank"),
             count_wrongly_for_the_worst: (worst_dispatch, "num_tokens_per_rank of rank 1", "its num_tokens_per_rank"),
             select_wrongly: (first_dispatch, "topk_idx of rank 1 names expert [0-9]+ for token 7", "its topk_idx names an expert"),
             lay_out_wrongly: (first_dispatch, "topk_idx of rank 1 names expert -2 for token 3", "its topk_idx names an expert")}

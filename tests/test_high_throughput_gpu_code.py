@@ -9,7 +9,8 @@ pytest.importorskip("numba_cuda")
 from test_gpu_code import (GENERIC, GLOBAL, KNOWN, LEAVING, LOCAL, Gpu, compiled, memory_instructions, sass,  # noqa: E402
                            stretches, under_way, used)
 
-from pyep.high_throughput import COMBINE, DISPATCH, Kernels, Shape  # noqa: E402
+from pyep.high_throughput import Kernels, Shape  # noqa: E402
+from pyep.high_throughput_errors import COMBINE, DISPATCH  # noqa: E402
 
 NUM_SMS = 20
 THREADS, REGISTERS = {"combine": 768}, {"combine": 80}          # of a block that fills a multiprocessor; else 1024 of 64
@@ -23,13 +24,14 @@ SHAPES = {
     "halves": DEPLOYED._replace(dtype="uint8", scale_bytes=14, scale_dtype="bfloat16"),
     "worst": DEPLOYED._replace(counts="worst"),
     "cached": Shape(DISPATCH, 4, 7168, counts="cached"),
-    "large": Shape(DISPATCH, 8, 5000, num_topk=6, num_experts=8 * 2047, counts="exchanged"),      # a row is no whole number of slices
+    "large": Shape(DISPATCH, 8, 5000, num_topk=6, num_experts=8 * 2047, counts="exchanged"),  # a row is no whole number of slices
     "combine": Shape(COMBINE, 4, 7168, num_topk=8, weighted=True),
     "large combine": Shape(COMBINE, 8, 5000),
 }
 SCALE_ITEM = {"bytes": 1, "halves": 2}          # bytes of scales that are moved at a time; else words of 4
 COMPILED = {name: [(name, kernel) for kernel in kernels] for name, kernels in {
-    "bf16": ("dispatch", "notify"), "fp8": ("dispatch",), "bytes": ("dispatch",), "halves": ("dispatch",), "worst": ("notify",), "cached": ("dispatch",),
+    "bf16": ("dispatch", "notify"), "fp8": ("dispatch",), "bytes": ("dispatch",), "halves": ("dispatch",),
+    "worst": ("notify",), "cached": ("dispatch",),
     "large": ("dispatch", "notify"), "combine": ("combine",), "large combine": ("combine",)}.items()}
 
 

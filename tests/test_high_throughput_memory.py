@@ -1,4 +1,4 @@
-"""High-throughput results in little memory: they never run out of room, in place or copied, and what is too large is refused by all."""
+"""High-throughput results in little memory: in place or copied, they never lack room, and what is too large is refused by all."""
 import os
 import re
 
@@ -122,7 +122,8 @@ def copied_tails(comm):
     with make_high_throughput_buffer(comm, size) as buf:
         buf._connection.heap._free.take(buf._connection.heap.nbytes - buf._connection.heap.operations_room)
         for seed in range(6):
-            case = case_of(seed, [(MOST - 12 - 7 * seed * r) % 30 for r in range(comm.size)], carried=("weights", "indices")[seed % 2])
+            tokens = [(MOST - 12 - 7 * seed * r) % 30 for r in range(comm.size)]
+            case = case_of(seed, tokens, carried=("weights", "indices")[seed % 2])
             held.append(Held(buf, case.with_room(seed).make()))
             run_round(buf, case.with_room(seed), async_finish=seed % 3 == 0)
             run_round(buf, case)
@@ -139,7 +140,7 @@ def test_copied_results(n):
 # ---- one operation that is too large -------------------------------------------------------------------------------------
 
 def refuse_and_follow_advice(comm, case, num_nvl_bytes, operation):
-    """An operation is too large, on all ranks alike; the buffer stays usable; with the advised bytes it works.  Returns the advice."""
+    """An operation is too large, on all ranks alike; the buffer stays usable; with the advised bytes it works."""
     me, made = comm.rank, case.make()
     with make_high_throughput_buffer(comm, num_nvl_bytes, timeout_s=20) as buf:
         if num_nvl_bytes > 2**14:
@@ -159,7 +160,6 @@ def refuse_and_follow_advice(comm, case, num_nvl_bytes, operation):
         got = dispatch(buf, made)
         assert_dispatched(got, made.dispatched[me], me)
         assert_combined(combine(buf, made, got[4]), made.combined[me])
-    return advised
 
 
 def first_dispatch(buf, made):

@@ -113,10 +113,13 @@ def torch_types(comm):
     with make_high_throughput_buffer(comm, HEAP) as buf:
         for values, scales in (("float4_e2m1fn_x2", "float8_e8m0fnu"), ("float8_e5m2", "float8_e4m3fn"), ("uint8", "int32"),
                                ("float8_e4m3fnuz", "bfloat16")):
-            x = [(torch.randint(0, 256, (t, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(r)),
-                  torch.randint(0, 256, (8, t), dtype=torch.uint8, generator=torch.Generator().manual_seed(9 + r)).t())
-                 for r, t in enumerate(tokens)]
-            x = [(a, b if getattr(torch, scales).itemsize == 1 else b.contiguous()) for a, b in x]
+            by_column = getattr(torch, scales).itemsize == 1
+            x = []
+            for r, t in enumerate(tokens):
+                some = torch.Generator().manual_seed(r)
+                shape = (8, t) if by_column else (t, 8)
+                one, other = (torch.randint(0, 256, n, dtype=torch.uint8, generator=some) for n in ((t, 32), shape))
+                x.append((one, other.t() if by_column else other))
             mine = x[me][0].to(device).view(getattr(torch, values)), x[me][1].to(device).view(getattr(torch, scales))
             (recv_values, recv_scales), *_, event = buf.dispatch(mine, **counts)
             event.synchronize()

@@ -5,8 +5,8 @@ was *released*, what was stored before it has come too.  *Data* announces itself
 words is the absence value; who reads it puts that value back, so that the slot is ready for the next sender.
 
 Every wait ends.  The first thread of a rank whose wait lasts longer than the timeout writes a record for the host, and all
-waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.  A rank that gives up for a reason
-of its own may tell its peers (`refuse`): their waits, which would last to the timeout, then end too.
+waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.  A rank that gives up for a
+reason of its own may tell its peers (`refuse`): their waits, which would last to the timeout, then end too.
 
 `watch` is (address of the own symmetric memory, timeout in ns, epoch of the operation); `wait` is the number of what is waited for
 (see `WAITS` in `pyep.low_latency` and `pyep.high_throughput`), `source` the rank that owes it.
@@ -73,21 +73,21 @@ def report(watch, wait, source, address, expected, seen):
 
 @rare
 def refuse(watch, me, reason, source, expected, seen):
-    """Give up for a reason of this rank's own, a number as of waits, and tell all ranks."""
-    base, _, _ = watch
+    """Give up for a reason of this rank's own, a number as of waits, and tell all ranks: from this epoch on they wait in vain."""
+    base, _, epoch = watch
     report(watch, reason, source, base, expected, seen)
     for rank in range(RANKS):
-        st8_relaxed(peer(base, rank) + REFUSED + LINE * me, reason)
+        st8_relaxed(peer(base, rank) + REFUSED + LINE * me, epoch << 32 | reason)
 
 
 def peer_has_refused(watch):
     """1 if another rank has told that it gave up, of which the host is told then; else 0."""
-    base, _, _ = watch
+    base, _, epoch = watch
     refused = 0
     for rank in range(RANKS):
-        reason = ld8_relaxed(base + REFUSED + LINE * rank)
-        if reason != 0:
-            report(watch, PEER_REFUSED, rank, base, 0, reason)
+        word = ld8_relaxed(base + REFUSED + LINE * rank)
+        if word != 0 and reached(epoch, (word >> 32) & 0xFFFFFFFF):    # what comes before it has been done
+            report(watch, PEER_REFUSED, rank, base, 0, word & 0xFFFFFFFF)
             refused = 1
     return refused
 

@@ -24,7 +24,7 @@ MAX_BLOCKS = MAX_CHUNKS = LINE = 0
 
 # Sections, in the order of pyep.layout.Rows.
 ROW, SOURCE, TOPK_IDX, TOPK_WEIGHTS, SCALES = range(5)
-REASON, OPERATION = 14, 15                      # the last of pyep.layout.SECTIONS: see `refuse`; a number that all ranks must agree on
+REASON, OPERATION = 14, 15                      # the last words of a line: see `refuse`; a number that all ranks must agree on
 
 # What a wait waits for, and what else ends a launch; pyep.high_throughput puts them in words.  Low latency has the numbers below.
 (NOTIFY_COUNT, DISPATCH_PLACE, DISPATCH_DONE, COMBINE_PLACE, COMBINE_CHUNK, COMBINE_DONE, OTHER_LAYOUT, TOO_MANY_ROWS,
@@ -82,6 +82,14 @@ def wait_places(watch, wait, me, operation, sections, table):
     """
     base, _, _ = watch
     missing = ld8_relaxed(base + FAILED)
+    rank = num_threads() - 1 - thread_rank()
+    while rank < RANKS:                                          # before places, which another operation may never tell
+        other = wait_count(watch, wait, rank, place_slot(base, rank, OPERATION))
+        if other != operation:
+            missing = 1
+            if other != 0:                                       # it has come
+                refuse(watch, me, OTHER_CALL, rank, operation, other)
+        rank += num_threads()
     i = thread_rank()
     while i < RANKS * sections:
         rank = udiv(i, sections)
@@ -89,14 +97,6 @@ def wait_places(watch, wait, me, operation, sections, table):
         missing |= 1 if place == 0 else 0                        # no section is at byte 0: control words are
         st8_shared(table + 8 * i, peer(base, rank) + 16 * place)
         i += num_threads()
-    rank = num_threads() - 1 - thread_rank()
-    while rank < RANKS:
-        other = wait_count(watch, wait, rank, place_slot(base, rank, OPERATION))
-        if other != operation:
-            missing = 1
-            if other != 0:                                       # it has come
-                refuse(watch, me, OTHER_CALL, rank, operation, other)
-        rank += num_threads()
     return 1 - syncthreads_or(missing)
 
 

@@ -235,11 +235,11 @@ def sum_rows(watch, me, x, topk_weights, staging, staged_weights, send_rows, num
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
-def combine(base, me, timeout, operation, x, topk_weights, rank_prefix, send_rows, num_tokens, staging, staged_weights, bias0, bias1, out,
-            out_weights):
-    """The kernel.  operation: see `tell_operation`; x [N, H] bf16, topk_weights [N, K] fp32; rank_prefix [R, R] and send_rows [T, R] int32 as in the handle;
-    staging and staged_weights: like x and topk_weights, for all rows that come from other ranks, in symmetric memory;
-    bias0, bias1, out [T, H] bf16, out_weights [T, K] fp32.  0 where there is none."""
+def combine(base, me, timeout, operation, x, topk_weights, rank_prefix, send_rows, num_tokens, staging, staged_weights, bias0,
+            bias1, out, out_weights):
+    """The kernel.  operation: see `tell_operation`; x [N, H] bf16, topk_weights [N, K] fp32; rank_prefix [R, R] and send_rows
+    [T, R] int32 as in the handle; staging and staged_weights: like x and topk_weights, for all rows that come from other ranks, in
+    symmetric memory; bias0, bias1, out [T, H] bf16, out_weights [T, K] fp32.  0 where there is none."""
     watch = enter(base, timeout)
     tell_place(watch, me, STAGED_ROWS, staging)
     if WEIGHTED:

@@ -1,8 +1,8 @@
 """Before a high-throughput dispatch: every rank tells every rank how many tokens it has for whom, so that all know where all rows
 go.
 
-Nobody sends more than a few words, and nobody waits twice: each rank computes the whole rank_prefix_matrix by itself, and whether
-some rank gets more rows than it has room for, so all come to the same conclusion.  Meanwhile other blocks number this rank's tokens.
+Nobody sends more than a few words, and nobody waits twice: each rank computes the whole rank_prefix_matrix by itself, and the most
+rows that any rank gets, so all come to the same conclusion about room for them.  Meanwhile other blocks number this rank's tokens.
 """
 from ..channels.memory import peer, refuse, report, tell, wait_count
 from .basics import lanes_before, num_warps, warp_rank
