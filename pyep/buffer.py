@@ -20,7 +20,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     """Symmetric memory over all ranks of a group, and the operations on it.
 
     group, comm: a torch.distributed process group or an mpi4py communicator; exactly one.  Collective.
-    num_nvl_bytes: bytes of symmetric memory for results of high-throughput operations, see `get_high_throughput_size_hint`.
+    num_nvl_bytes: bytes of symmetric memory for high-throughput operations and their results, see `get_high_throughput_size_hint`.
     num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.  For each rank of
         another node as much as three times that is taken besides, see `pyep.layout.boxes`.
     num_qps_per_rank: the most channels to one rank of another node; there are as many, but no more than PYEP_NUM_PROXIES.
@@ -152,13 +152,12 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         rank.  (With random routing a good deal less does: a rank receives fewer rows.)
 
         num_max_tokens: the most that any rank has.  num_topk: of the indices and weights that travel.
-        hidden_bytes: of a token as it is dispatched, 2 * hidden (bf16) if None; FP8 has hidden + hidden / 32.
-        num_results: of how many dispatches the results are held at a time, beside what a combine needs; in `recv_x = dispatch(..)`
-            the old result lives until the new one is there.
+        hidden_bytes: of a token as it is dispatched, scales included, 2 * hidden (bf16) if None; FP8 has hidden + hidden / 32.
+        num_results: how many dispatches' results have room, that are as large, without being copied; in `recv_x = dispatch(..)` the
+            old result lives until the new one is there.  However many more are held, no operation lacks room: see `copied_results`.
         """
-        check_high_throughput_shape(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results)
-        row = hidden_bytes or 2 * hidden
-        return layout.high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, row, num_results)
+        return layout.high_throughput_size_hint(*check_high_throughput_shape(num_max_tokens, hidden, num_ranks, num_topk,
+                                                                             hidden_bytes, num_results))
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Every rank owns `nbytes` of memory that all ranks can write, laid out alike on a
     control    words of 8 bytes, fixed places, a function of the number of ranks alone
     half 0     low latency: what peers send in operations of even epoch
     half 1     low latency: what peers send in operations of odd epoch
-    heap       high throughput: lent out in slabs (`pyep.heap`), into which peers write once they were told where
+    heap       high throughput: what peers write once they were told where, in two rooms, see `pyep.heap`
     boxes      low latency: what goes to and comes from peers of other nodes, if there are any, each box as a whole
 
 A *half* holds self-announcing data only: every 32-bit word of it is 0xffffffff whenever nothing is under way, whatever
@@ -88,9 +88,10 @@ def control(num_ranks):
     High throughput, where each launch of a kernel has an epoch of its own, and words hold epoch << 32 | value:
 
     ht_epoch    as epoch
-    ht_counts   entry 0: the rows for which that source has room; 1 + r: its tokens for rank r; 1 + R + e: its selections of
-                local expert e.  By parity of the epoch: a layout that was refused is followed by no rows, hence by no done
-    place       where that source wants the rows, and what goes with them, as (offset in its memory) / 16
+    ht_counts   entry 0: the rows for which that source has room; 1: what it does, a number; 2 + r: its tokens for rank r;
+                2 + R + e: its selections of local expert e.  By parity of the epoch: nothing tells when they have been read
+    place       where that source wants the rows, and what goes with them, as (offset in its memory) / 16; the last two: why it has
+                given up, if that was for a reason of its own; what it does
     done        that source has sent all of a launch, and read what it was told
     chunk       that source has sent a chunk of its rows
     arrived     blocks of this launch that are done
@@ -103,7 +104,7 @@ def control(num_ranks):
     told        the epoch that this rank has told that rank to have consumed
     flags       what is put to `consumed` of that rank behind a box, and once more the first word alone: staged here
     """
-    words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(1 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
+    words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(2 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
     return {r.name: r for r in _stack(
         0,
         ("status", (), (), WORD, "host"),
@@ -239,36 +240,41 @@ class LowLatency(NamedTuple):
 
 class Rows(NamedTuple):
     """What a high-throughput operation stores for each row, in bytes; 0 for what it does not move.  Each kind is an array of its
-    own (a *section*), one after another in a slab of the heap.
+    own, a *section*.
 
     A dispatch has all of them, as its results; a combine has rows and weights, for the rows that come back to a rank's tokens.
     """
 
-    row: int                            # the values: bf16 or e4m3
+    row: int                            # the values
     source: int = 0                     # the source token, int32
     topk_idx: int = 0                   # K local experts, int64
     topk_weights: int = 0               # K fp32
-    scales: int = 0                     # of e4m3, fp32
+    scales: int = 0                     # that belong to the values
 
-    def sections(self, num_rows, start=0):
-        """The sections of a slab that begins at byte `start`, in the order of the fields; where nothing is moved, an empty one."""
-        return _stack(start, *[(name, ("row",), (num_rows,), item, "source") for name, item in zip(self._fields, self)])
+    def starts(self, num_rows, start=0):
+        """Where the sections begin, one after another from byte `start` on, each on a line of its own, and where the last ends."""
+        starts = [start]
+        for item in self:
+            start += align(item * num_rows)
+            starts.append(start)
+        return starts
 
     def nbytes(self, num_rows):
-        """Bytes of a slab with so many rows."""
-        return align(self.sections(num_rows)[-1].end)
+        """Bytes of so many rows."""
+        return self.starts(num_rows)[-1]
 
     def fit(self, nbytes):
-        """How many rows a slab of `nbytes` holds."""
+        """How many rows `nbytes` hold."""
         rows = nbytes // sum(self)
         while rows > 0 and self.nbytes(rows) > nbytes:
             rows -= 1
         return rows
 
 
-def dispatched_rows(hidden_bytes, num_topk=0, weighted=False, num_scales=0, sources=True):
-    """The `Rows` of a dispatch.  hidden_bytes: of a token's values; num_topk, num_scales: of a token, 0 if none travel."""
-    return Rows(hidden_bytes, 4 if sources else 0, 8 * num_topk, 4 * num_topk if weighted else 0, 4 * num_scales)
+def dispatched_rows(hidden_bytes, num_topk=0, weighted=False, scale_bytes=0, sources=True):
+    """The `Rows` of a dispatch.  hidden_bytes, scale_bytes: of a token's values and scales; num_topk: of its selections; 0 if none
+    travel."""
+    return Rows(hidden_bytes, 4 if sources else 0, 8 * num_topk, 4 * num_topk if weighted else 0, scale_bytes)
 
 
 def combined_rows(hidden, num_topk=0):
@@ -276,17 +282,21 @@ def combined_rows(hidden, num_topk=0):
     return Rows(2 * hidden, topk_weights=4 * num_topk)
 
 
-def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results=1):
-    """Bytes of the heap that suffice for the results and handles of so many dispatches and the staging of a combine (always bf16),
-    when no rank has more than `num_max_tokens` tokens and every token may go to every rank.
+def operations_room(heap_bytes):
+    """How many of a heap's bytes, the first ones, are for the operation that runs; the others are lent to results."""
+    return heap_bytes // 3 // LINE * LINE
+
+
+def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results=2):
+    """Bytes of a heap for every dispatch and combine (always bf16) where no rank has more than `num_max_tokens` tokens, of which
+    each may go to every rank; results of so many dispatches that are as large as that lie in it without being copied.
 
     hidden_bytes: of a row, scales included.
     """
-    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens)
-    results += LINE                                              # scales have a section of their own
-    results += align(4 * num_ranks * num_ranks) + align(4 * num_ranks * num_max_tokens)        # rank_prefix_matrix, send_rows
+    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens) + LINE     # scales are apart
     staging = combined_rows(hidden, num_topk).nbytes((num_ranks - 1) * num_max_tokens)
-    return num_results * results + align(max(staging, 1))
+    handle = align(4 * num_ranks * (num_ranks + num_max_tokens))                                # rank_prefix_matrix, send_rows
+    return max(3 * max(results, staging), align(-(-3 * num_results * (results + handle) // 2)))
 
 
 def heap_offset(num_rdma_bytes, num_ranks):

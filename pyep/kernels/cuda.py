@@ -169,6 +169,12 @@ class CudaEngine:
                 Device(self.index).set_current()
             self._known.thread = True
 
+    def copy(self, to, source, nbytes, stream):
+        """Copy bytes within the GPU's memory, behind all that was put on a stream; may be captured into a graph."""
+        error, = driver.cuMemcpyDtoDAsync(to, source, nbytes, stream)
+        if error:
+            raise RuntimeError(f"cuMemcpyDtoDAsync of {nbytes} bytes failed: {error.name}")
+
     def synchronize(self):
         """Wait until nothing runs on the GPU."""
         self.use()
