@@ -9,6 +9,7 @@ from .checks import check_construction, check_shape
 from .checks_high_throughput import check_high_throughput_shape
 from .choices import choose_device
 from .connection import Connection
+from .warm_up import warm_up
 
 
 class Buffer(LowLatencyOperations, HighThroughputOperations):
@@ -88,6 +89,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
         return arrays.view(memory, dtype, size, offset)
 
     capture = staticmethod(events.capture)
+    warm_up = warm_up
 
     @staticmethod
     def set_num_sms(new_num_sms):

@@ -4,6 +4,7 @@ import numbers
 import numpy as np
 
 from . import arrays, layout
+from .errors import EPRoutingError
 from .events import EventOverlap
 from .results import LowLatencyHandle, recv_shape
 
@@ -33,6 +34,8 @@ def check_shape(max_tokens, hidden, num_ranks, num_experts, num_topk, num_tokens
             raise TypeError(f"{name} is {value!r}; expected an int")
         if name in ("num_max_dispatch_tokens_per_rank", "num_ranks") and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    if max_tokens > layout.MAX_TOKENS:
+        raise ValueError(f"num_max_dispatch_tokens_per_rank is {max_tokens}; expected at most {layout.MAX_TOKENS}")
     if num_tokens > max_tokens:
         raise ValueError(f"x has {num_tokens} tokens, more than num_max_dispatch_tokens_per_rank = {max_tokens}")
     if hidden < 8 or hidden % 8:
@@ -121,11 +124,22 @@ def index_bytes_of(library, topk_idx):
     return 8 if library.dtype(topk_idx) == "int64" else 4
 
 
-def check_experts(topk_idx, num_experts):
-    """Experts that do not exist.  Only on the CPU: on a GPU the kernel finds out, without a wait."""
+def check_experts(topk_idx, shape, rank):
+    """What a rank's tokens select: ValueError for experts that do not exist, EPRoutingError for more rows than an expert has room
+    for.  Only on the CPU: on a GPU the kernel finds out, without a wait."""
     indices = np.asarray(topk_idx)
-    if indices.size and not (-1 <= indices.min() and indices.max() < num_experts):
-        raise ValueError(f"topk_idx has values from {indices.min()} to {indices.max()}; expected -1 to {num_experts - 1}")
+    if indices.size and not (-1 <= indices.min() and indices.max() < shape.num_experts):
+        raise ValueError(f"topk_idx has values from {indices.min()} to {indices.max()}; expected -1 to {shape.num_experts - 1}")
+    if indices.size > shape.max_tokens and not shape.rank_major:
+        rows = np.bincount(indices[indices >= 0], minlength=1)
+        if rows.max() > shape.max_tokens:
+            raise no_room(rank, rows.argmax(), rows.max(), shape.max_tokens)
+
+
+def no_room(rank, expert, rows, max_tokens):
+    """The error for more rows than there is room for."""
+    return EPRoutingError(f"topk_idx of rank {rank} selects expert {expert} {rows} times; a rank may send an expert "
+                          f"num_max_dispatch_tokens_per_rank = {max_tokens} rows: some tokens name an expert more than once")
 
 
 def check_handle(handle, owner):
