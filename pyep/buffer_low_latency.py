@@ -1,7 +1,7 @@
 """The low-latency operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
 from . import arrays, layout
 from .calls import Call
-from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_shape
+from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_room, check_shape
 from .events import EventOverlap
 from .kernels.low_latency_boxes import UNORDERED
 from .low_latency import COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan, widest
@@ -62,7 +62,8 @@ class LowLatencyOperations:
                               (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
         shape, library = call.shape, call.library
         if library.engine == "cpu":
-            check_experts(topk_idx, shape, self._connection.rank)
+            check_experts(topk_idx, shape.num_experts)
+            check_room(topk_idx, shape, self._connection.rank)
         self._make(call, "dispatch")
         (received, addresses), at, num_tokens = call.results.next(shape), call.at, x.shape[0]
         if out is not None:

@@ -124,22 +124,22 @@ def index_bytes_of(library, topk_idx):
     return 8 if library.dtype(topk_idx) == "int64" else 4
 
 
-def check_experts(topk_idx, shape, rank):
-    """What a rank's tokens select: ValueError for experts that do not exist, EPRoutingError for more rows than an expert has room
-    for.  Only on the CPU: on a GPU the kernel finds out, without a wait."""
+def check_experts(topk_idx, num_experts):
+    """Experts that do not exist.  Only on the CPU: on a GPU the kernel finds out, without a wait."""
     indices = np.asarray(topk_idx)
-    if indices.size and not (-1 <= indices.min() and indices.max() < shape.num_experts):
-        raise ValueError(f"topk_idx has values from {indices.min()} to {indices.max()}; expected -1 to {shape.num_experts - 1}")
+    if indices.size and not (-1 <= indices.min() and indices.max() < num_experts):
+        raise ValueError(f"topk_idx has values from {indices.min()} to {indices.max()}; expected -1 to {num_experts - 1}")
+
+
+def check_room(topk_idx, shape, rank):
+    """More rows for an expert than it has room for, of a low-latency dispatch.  Likewise only on the CPU."""
+    indices = np.asarray(topk_idx)
     if indices.size > shape.max_tokens and not shape.rank_major:
         rows = np.bincount(indices[indices >= 0], minlength=1)
         if rows.max() > shape.max_tokens:
-            raise no_room(rank, rows.argmax(), rows.max(), shape.max_tokens)
-
-
-def no_room(rank, expert, rows, max_tokens):
-    """The error for more rows than there is room for."""
-    return EPRoutingError(f"topk_idx of rank {rank} selects expert {expert} {rows} times; a rank may send an expert "
-                          f"num_max_dispatch_tokens_per_rank = {max_tokens} rows: some tokens name an expert more than once")
+            raise EPRoutingError(
+                f"topk_idx of rank {rank} selects expert {rows.argmax()} {rows.max()} times; a rank may send an expert "
+                f"num_max_dispatch_tokens_per_rank = {shape.max_tokens} rows: some tokens name an expert more than once")
 
 
 def check_handle(handle, owner):

@@ -10,8 +10,8 @@ class EPTimeoutError(EPError):
 
 
 class EPRoutingError(EPError, ValueError):
-    """Indices of experts that do not exist, or that select an expert more often than it has room for.  Where the host has seen it, on
-    the CPU engine, nothing was launched and the buffer stays usable."""
+    """Indices of experts that do not exist, or that select an expert more often than it has room for.  Where the host has seen it,
+    on the CPU engine, nothing was launched and the buffer stays usable."""
 
 
 class EPBufferTooSmallError(EPError):

@@ -194,8 +194,8 @@ class LowLatency(NamedTuple):
                 rank-major: the token is the source's n-th for this rank, at k = 0
         listed  how many of the token's cuts this rank's warps have listed, less one, until the last one has
         rows    the token, once per rank however many of that rank's experts it selects
-        escapes of bf16, for each piece of 16 bytes: which of its four words are 0xffffffff.  Written only where a word of it is that
-                or one less, see `pyep.kernels.low_latency_escapes`
+        escapes of bf16, for each piece of 16 bytes: which of its four words are 0xffffffff.  Written only where a word of it is
+                that or one less, see `pyep.kernels.low_latency_escapes`
         """
         words = WORD * self.num_topk
         _, listed, rows = _stack(0,

@@ -281,7 +281,8 @@ def results_that_grow(comm):
             assert_same(down(out), case.combined(y, idx, w)[me], "combined_x")
         dispatch(buf, small, *small.make()[:3])
         with pytest.raises(ValueError, match="two more of that mode"):
-            buf.low_latency_combine(up(small.make()[3][me]), None, None, held[0][1].handle)
+            _, idx, w, y = (up(a[me]) for a in small.make())
+            buf.low_latency_combine(y, idx, w, held[0][1].handle)
 
 
 def test_results_live_while_others_grow():
