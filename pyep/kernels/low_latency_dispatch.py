@@ -246,8 +246,8 @@ def scale_offset(offset):
 
 def look_at_row(row, offset, wanted):
     """First looks at 16 bytes of a row, and at the scale that this thread sees to, if they are wanted."""
-    return (ld16_relaxed_if(row + offset, wanted and offset < DATA_BYTES),
-            ld4_relaxed_if(row + scale_offset(offset), wanted and has_scale(offset)))
+    scale = ld4_relaxed_if(row + scale_offset(offset), wanted and has_scale(offset))        # first: else it may wait for a store
+    return ld16_relaxed_if(row + offset, wanted and offset < DATA_BYTES), scale
 
 
 def deliver(slot, offset, value, recv_x):

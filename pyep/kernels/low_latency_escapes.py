@@ -1,8 +1,8 @@
 """Rows of bf16 that have any bits at all, also those that mean "nothing has arrived": how a dispatch keeps them.
 
 Two words are *reserved*: 0xffffffff, which means absence, and 0xfffffffe, which stands for it.  A sender that finds one of them in
-16 bytes of a row, a *piece*, stores 0xfffffffe for either, and beside the row an *escape*: 4 bytes that say which words of the piece
-were 0xffffffff.  A receiver that finds 0xfffffffe waits for the piece's escape.
+16 bytes of a row, a *piece*, stores 0xfffffffe for either, and beside the row an *escape*: 4 bytes that say which words of the
+piece were 0xffffffff.  A receiver that finds 0xfffffffe waits for the piece's escape.
 
 As numbers both are two NaNs, so in rows of numbers all this hardly ever runs: a piece costs a sender and a receiver one look, which
 also sees absence.  Rows of FP8 need none of it, nor do packets, which need not announce themselves.
