@@ -14,6 +14,7 @@ from .checks_high_throughput import check_high_throughput_shape
 from .choices import choose_device
 from .compiled import leave_alone
 from .connection import Connection
+from .warm_up import warm_up
 
 
 class Buffer(LowLatencyOperations, HighThroughputOperations):
@@ -111,6 +112,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
                            offset)
 
     capture = staticmethod(events.capture)
+    warm_up = warm_up
 
     @staticmethod
     def set_num_sms(new_num_sms):

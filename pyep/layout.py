@@ -15,12 +15,14 @@ was told that it has come.
 
 Hot words of different writers never share a 128-byte line.
 """
+import math
 from typing import NamedTuple
 
 WORD = 8                                # every counter and flag: so that 64-bit remote adds are safe over any transport
 LINE = 128                              # what one transaction of a GPU's memory system covers
 MAX_BLOCKS = 1024                       # blocks in a grid, at most
 MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
+MAX_TOKENS = 65535                      # tokens of one rank in a low-latency dispatch, at most
 MAX_CHUNKS = 4096                       # chunks in which one rank's rows travel to another in a high-throughput combine, at most
 SECTIONS = LINE // WORD                 # kinds of data for which a rank can tell a place: a line of words
 FP8_BLOCK = 128                         # values that share a scale
@@ -34,33 +36,41 @@ def align(n, to=LINE):
 
 
 class Region(NamedTuple):
-    """A run of bytes in a rank's symmetric memory; `index` names what it is indexed by, `dims` says how far."""
+    """Entries in a rank's symmetric memory; `index` names what they are indexed by, `dims` says how far."""
 
     name: str
     offset: int
     index: tuple
     dims: tuple
-    item: int                           # bytes of one entry, gap to the next included
+    item: int                           # bytes of one entry; of a run of entries with the gap to the next
     writer: str
+    apart: tuple = ()                   # bytes from one entry to the next, by index; (): they are a run, the last index fastest
 
     @property
     def nbytes(self):
-        n = self.item
-        for d in self.dims:
-            n *= d
-        return n
+        return self.item * math.prod(self.dims)
+
+    @property
+    def strides(self):
+        """`apart`, of a run of entries too."""
+        return self.apart or tuple(self.item * math.prod(self.dims[i + 1:]) for i in range(len(self.dims)))
 
     @property
     def end(self):
-        return self.offset + self.nbytes
+        return self.offset + sum((n - 1) * stride for n, stride in zip(self.dims, self.strides)) + self.item
+
+    def find(self, offset):
+        """The index of the entry that has the byte at `offset`, or None."""
+        found, rest = [], offset - self.offset
+        for stride in self.strides:
+            i, rest = divmod(rest, stride)
+            found.append(i)
+        inside = 0 <= rest < self.item and all(0 <= i < n for i, n in zip(found, self.dims))
+        return tuple(found) if inside else None
 
     def slot(self, offset):
         """The name of the entry at `offset`, for instance "consumed[source 2]"."""
-        n, parts = (offset - self.offset) // self.item, []
-        for name, dim in zip(reversed(self.index), reversed(self.dims)):
-            n, i = divmod(n, dim)
-            parts.append(f"[{name} {i}]")
-        return self.name + "".join(reversed(parts))
+        return self.name + "".join(f"[{name} {i}]" for name, i in zip(self.index, self.find(offset)))
 
 
 def _stack(start, *regions):
@@ -177,27 +187,49 @@ class LowLatency(NamedTuple):
         """Whether combine brings back one partial sum per (rank, token), not one output per selection."""
         return self.rank_major or self.weighted
 
-    def dispatch(self, half=0):
-        """What a half that begins at byte `half` holds in a dispatch.
+    def slot(self):
+        """What a *slot* holds: all that a dispatch sends of one token to one rank.
 
-        routes  1 + the expert that (source, token, k) selects, or 0; above it the selection's weight; every rank gets all
+        routes  1 + the expert that the token's k-th selection names, or 0; above it the selection's weight; every rank gets all
         places  n: the selection is the source's n-th for its expert (the first is 0); only that expert's rank gets it.
                 rank-major: the token is the source's n-th for this rank, at k = 0
         listed  how many of the token's cuts this rank's warps have listed, less one, until the last one has
         rows    the token, once per rank however many of that rank's experts it selects
+        escapes of bf16, for each piece of 16 bytes: which of its four words are 0xffffffff.  Written only where a word of it is
+                that or one less, see `pyep.kernels.low_latency_escapes`
         """
-        selections = (self.num_ranks, self.max_tokens, self.num_topk)
-        return _stack(half,
-                      ("routes", ("source", "token", "k"), selections, WORD, "source"),
-                      ("places", ("source", "token", "k"), selections, WORD, "source"),
-                      ("listed", ("source", "token"), selections[:2], WORD, "this rank"),
-                      ("rows", ("source", "token"), selections[:2], self.wire_bytes, "source"))
+        words = WORD * self.num_topk
+        _, listed, rows = _stack(0,
+                                 ("words", (), (), 2 * words, "source"),
+                                 ("listed", (), (), WORD, "this rank"),
+                                 ("rows", (), (), self.wire_bytes, "source"))
+        regions = [Region("routes", 0, ("k",), (self.num_topk,), WORD, "source"),
+                   Region("places", words, ("k",), (self.num_topk,), WORD, "source"), listed, rows]
+        if not self.fp8:
+            regions.append(Region("escapes", rows.end, ("piece",), (self.row_bytes // 16,), 4, "source"))
+        return regions
+
+    @property
+    def slot_bytes(self):
+        return align(self.slot()[-1].end)
+
+    def dispatch(self, half=0):
+        """What a half that begins at byte `half` holds in a dispatch: slots, by token and source.  So nothing but how many there
+        are depends on M, which kernels learn at run time."""
+        return self._of_each(half, ("token", "source"), (self.max_tokens, self.num_ranks), self.slot_bytes, self.slot())
+
+    @staticmethod
+    def _of_each(start, index, dims, nbytes, parts):
+        """The regions of `parts` of what begins every `nbytes` bytes from `start` on."""
+        outer = [nbytes * math.prod(dims[i + 1:]) for i in range(len(dims))]
+        return [part._replace(offset=start + part.offset, index=(*index, *part.index), dims=(*dims, *part.dims),
+                              apart=(*outer, *part.strides)) for part in parts]
 
     def combine(self, half=0):
         """What a half holds in a combine, written by the experts' rank: the output of the expert that (token, k) selected, or
         if the experts' rank reduces first, its sum for the token."""
         if self.reduced:
-            return _stack(half, ("partials", ("rank", "token"), (self.num_ranks, self.max_tokens), self.row_bytes, "rank"))
+            return _stack(half, ("partials", ("token", "rank"), (self.max_tokens, self.num_ranks), self.row_bytes, "rank"))
         return _stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
 
     @property
@@ -205,32 +237,34 @@ class LowLatency(NamedTuple):
         """How many groups rows of a rank are counted in: its experts; in the rank-major layout it is one itself."""
         return 1 if self.rank_major else self.local_experts
 
-    def dispatch_box(self, box=0):
+    def dispatch_box(self, box=0, num_tokens=None):
         """What a box that begins at byte `box` holds in a dispatch, of one source for one destination.
 
-        header   how many packets | how many selections they serve << 32; the shape's fingerprint; the words of rdma_recv_count
-        routes, places: as in a half
-        packets  in no order, each the row of a token behind a header of two words: the row's slot, as an offset in the half;
+        header   how many packets | how many selections they serve << 32; the words of rdma_recv_count
+        routes, places: of each token, as in a slot
+        packets  in no order, each the row of a token behind a header of two words: the row's place, as an offset in the half;
                  the token | the selections that the packets claimed before this one serve << 32
+
+        num_tokens: that the source has, M if None; packets begin behind the words of so many.
         """
-        selections = (self.max_tokens, self.num_topk)
-        return _stack(box,
-                      ("header", ("entry",), (3 + self.local_groups,), WORD, "source"),
-                      ("routes", ("token", "k"), selections, WORD, "source"),
-                      ("places", ("token", "k"), selections, WORD, "source"),
-                      ("packets", ("packet",), (self.max_tokens,), PACKET_HEADER + self.wire_bytes, "source"))
+        tokens, words = self.max_tokens if num_tokens is None else num_tokens, 2 * WORD * self.num_topk
+        header, = _stack(box, ("header", ("entry",), (2 + self.local_groups,), WORD, "source"))
+        routes, places, *_ = self._of_each(align(header.end), ("token",), (tokens,), words, self.slot())
+        packet_bytes = PACKET_HEADER + self.wire_bytes
+        packets = Region("packets", routes.offset + tokens * words, ("packet",), (tokens,), packet_bytes, "source")
+        return [header, routes, places, packets]
 
     def combine_box(self, box=0):
         """What a box holds in a combine: as in a dispatch, but there are no counts, routes and places, and a packet holds a
         partial or an output, and the second word of its header is not used."""
         packets = self.max_tokens * (1 if self.reduced else self.num_topk)
         return _stack(box,
-                      ("header", ("entry",), (3,), WORD, "expert's rank"),
+                      ("header", ("entry",), (2,), WORD, "expert's rank"),
                       ("packets", ("packet",), (packets,), PACKET_HEADER + self.row_bytes, "expert's rank"))
 
     @property
     def half_bytes(self):
-        return align(max(self.dispatch()[-1].end, self.combine()[-1].end))
+        return align(max(self.max_tokens * self.num_ranks * self.slot_bytes, self.combine()[-1].end))
 
     @property
     def nbytes(self):
@@ -312,8 +346,8 @@ def half_capacity(nbytes, num_ranks):
 def box_bytes(half_bytes):
     """Bytes of a box that is large enough for every shape that fits halves of so many, whatever the number of ranks.
 
-    A packet's header is as long as a row of 16 bytes, but then routes and places are half of the half; to rows of 32 bytes or more
-    it adds at most half.
+    A packet's header is as long as a row of 16 bytes, but a slot has more than that beside its row.  In a combine it adds at most
+    half to rows of 32 bytes or more, and outputs of 16 bytes are less than half of the slots.
     """
     return align(3 * half_bytes // 2 + WORD * (3 + MAX_LOCAL_EXPERTS) + 4 * LINE)
 
@@ -354,7 +388,8 @@ def low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, n
     Without `num_topk` there is room for any top-k up to the number of experts, which costs E / K times the memory of an
     exact hint: one row per token and selected expert comes back in a direct combine.  Every mode fits: this one needs most.
     """
-    return LowLatency(num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts, num_topk or num_experts).nbytes
+    sizes = num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts, num_topk or num_experts
+    return LowLatency(*map(int, sizes)).nbytes                   # NumPy's may overflow
 
 
 def name_of(offset, num_ranks, half_bytes, data):
@@ -362,7 +397,7 @@ def name_of(offset, num_ranks, half_bytes, data):
     start = control_bytes(num_ranks)
     half = int(offset >= start + half_bytes)
     for region in [*control(num_ranks).values(), *data(start + half * half_bytes)]:
-        if region.offset <= offset < region.end:
+        if region.find(offset) is not None:
             return region.slot(offset) + (f" of half {half}" if offset >= start else "")
     return f"byte {offset}"
 

@@ -60,6 +60,7 @@ class CpuEngine:
     """The CPU as an engine: `PYEP_CPU_SHAPE=blocks,threads,warp` (default 1,1,1, the fastest) is the shape of all launches."""
 
     name, index = "cpu", 0
+    few_tokens = 0                                               # no kernels of their own for few tokens
 
     def __init__(self, shape=None):
         text = shape or os.environ.get("PYEP_CPU_SHAPE") or "1,1,1"

@@ -106,6 +106,7 @@ class CudaEngine:
     """One GPU as an engine."""
 
     name, warp = "cuda", 32
+    few_tokens = FEW_TOKENS
 
     def __init__(self, index):
         device = Device(index)
