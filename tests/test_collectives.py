@@ -1,8 +1,6 @@
 """Collectives stand in a kernel exactly as often as in its source, on every Python: see `pyep.kernels.collectives`."""
 import ast
 import dis
-import functools
-import inspect
 import linecache
 import sys
 import textwrap
@@ -13,7 +11,7 @@ import pytest
 
 from pyep.kernels import collectives
 from pyep.kernels.lang import ballot, st8, syncthreads, syncwarp, thread_rank
-from pyep.kernels.op import CUDA, Cpu, Op, bind, rare
+from pyep.kernels.op import CUDA, Cpu, bind, rare
 
 TWICE = 0
 
@@ -232,19 +230,3 @@ def test_a_barrier_is_there_once_in_ptx():
     cuda = pytest.importorskip("pyep.kernels.cuda")
     for twice in 0, 1:
         assert cuda.ptx(meets, 64, TWICE=twice).count("bar.sync") == 1
-
-
-@functools.cache
-def barriers_of(fn):
-    """How many calls of barriers of the block a kernel has in all, its helpers' included, as often as those are called."""
-    if isinstance(fn, Op):
-        return int(fn.__name__ in ("syncthreads", "syncthreads_or"))
-    if not isinstance(fn, FunctionType) or not collectives.has_collectives(fn):
-        return 0
-    _, in_source = collectives.compiled(fn)
-    return sum(n * barriers_of(fn.__globals__.get(name)) for name, n in in_source.items())
-
-
-def test_barriers_are_counted_through_helpers():
-    assert [barriers_of(fn) for fn in (meets, ends_with_a_helper, votes_to_go_on, one)] == [1, 1, 0, 0]
-    assert inspect.getsource(meets).count("ends_with_a_barrier(") == 1

@@ -247,13 +247,17 @@ def clear_words(watch, half, source, token, before):
 
 
 def clear_tails(part, parts, recv_topk_idx, recv_topk_weights):
-    """Rank-major: in rows that no token got, nothing is selected.  Only blocks that have a unit call."""
+    """Rank-major: in rows that no token got, nothing is selected.  Only blocks that have a unit call.
+
+    (To compare with source * MAX_TOKENS + count is the same, but where MAX_TOKENS is 8, the size of a count, LLVM ends the process:
+    x86 instruction selection fails an assertion over `8 * source + load(rows + 8 * source)` if `source` is a shift.)
+    """
     rows = shared() + 8 * RANKS
     parts = parts if parts < RANKS * MAX_TOKENS else RANKS * MAX_TOKENS
     i = part * num_threads() + thread_rank()
     while i < RANKS * MAX_TOKENS * TOPK:
         source = udiv(i, MAX_TOKENS * TOPK)
-        if i >= (source * MAX_TOKENS + ld8_shared(rows + 8 * source)) * TOPK:
+        if umod(i, MAX_TOKENS * TOPK) >= ld8_shared(rows + 8 * source) * TOPK:
             st8(recv_topk_idx + 8 * i, -1)
             if WEIGHTED:
                 st4(recv_topk_weights + 4 * i, 0)
