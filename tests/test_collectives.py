@@ -107,7 +107,7 @@ COPIED = [ends_with_a_barrier, ends_with_a_helper, returns_a_vote, has_many_bran
 def calls(fn, code=None):
     """What a function calls of collectives: by name, (in the source, in the code)."""
     names = collectives.names_of_collectives(fn)
-    _, in_source = collectives.compiled(fn)
+    _, in_source = collectives.compiled(fn.__code__)
     loads = [i.argval for i in dis.get_instructions(code or fn.__code__) if i.opname == "LOAD_GLOBAL"]
     return {name: (in_source[name], loads.count(name)) for name in names}
 

@@ -374,7 +374,7 @@ def barriers_of(fn):
         return int(fn.__name__ in ("syncthreads", "syncthreads_or"))
     if not isinstance(fn, FunctionType) or not has_collectives(fn):
         return 0
-    _, calls = compiled_anew(fn)
+    _, calls = compiled_anew(fn.__code__)
     return sum(n * barriers_of(fn.__globals__.get(name)) for name, n in calls.items())
 
 

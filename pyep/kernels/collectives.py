@@ -27,7 +27,7 @@ def code_of(fn):
     if not names:
         return fn.__code__
     where = f"{fn.__qualname__} ({fn.__code__.co_filename}, line {fn.__code__.co_firstlineno})"
-    code, calls = compiled(fn)
+    code, calls = compiled(fn.__code__)
     if code is None:
         raise ValueError(f"{where} calls {', '.join(sorted(names))}, and its source is not there or was changed since it was "
                          "imported: a function that calls collectives must come from a file, where its calls are counted")
@@ -61,9 +61,10 @@ def check(where, code, calls, names):
 # ---- compiling anew --------------------------------------------------------------------------------------------------
 
 @functools.cache
-def compiled(fn):
-    """(code, how often it calls what, by name) of a function, from its source; (None, None) if its file does not have it."""
-    wanted, lines = fn.__code__, linecache.getlines(fn.__code__.co_filename, fn.__globals__)
+def compiled(wanted):
+    """(code, how often it calls what, by name) of the function of a code object, from its source; (None, None) if its file does not
+    have it."""
+    lines = linecache.getlines(wanted.co_filename)
     for first, last in statements("".join(lines)):
         if first <= wanted.co_firstlineno <= last:
             tree = ast.parse("\n" * (first - 1) + "".join(lines[first - 1:last]))
