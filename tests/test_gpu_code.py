@@ -25,6 +25,8 @@ import test_port  # noqa: E402
 from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: E402
 
 from pyep.kernels import cuda, lang  # noqa: E402
+from pyep.kernels.collectives import compiled as compiled_anew  # noqa: E402
+from pyep.kernels.collectives import has_collectives  # noqa: E402
 from pyep.kernels.cpu import CpuEngine  # noqa: E402
 from pyep.kernels.lang import ld4_nc_if, ld8_nc_if, ld8_relaxed_if, st8  # noqa: E402
 from pyep.kernels.op import Op, bind  # noqa: E402
@@ -269,7 +271,7 @@ def used(log):
 
 def test_every_kernel_file_is_known():
     """A new file of kernels must be added here: to COMPILED, if it has kernels of its own."""
-    tools = {"__init__", "basics", "bytecode", "cache", "cpu", "cuda", "lang", "llvm", "op"}
+    tools = {"__init__", "basics", "cache", "collectives", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
     assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
                              "low_latency_dispatch", "low_latency_escapes", "low_latency_listing", "low_latency_reduce",
@@ -367,6 +369,26 @@ def test_ptx_has_only_what_is_meant(case):
     for role in OF_ONE_ROLE.keys() - case.roles:
         absent = absent + OF_ONE_ROLE[role]
     assert [instruction for instruction in absent if instruction in case.code.ptx] == []
+
+
+def barriers_of(fn):
+    """How many barriers of the block are in the source of a function and of those that it calls."""
+    if isinstance(fn, Op):
+        return int(fn.__name__ in ("syncthreads", "syncthreads_or"))
+    if not isinstance(fn, FunctionType) or not has_collectives(fn):
+        return 0
+    _, calls = compiled_anew(fn.__code__)
+    return sum(n * barriers_of(fn.__globals__.get(name)) for name, n in calls.items())
+
+
+def barriers_in(text):
+    return len(re.findall(r"\bbar\.(?:sync|red)", text))
+
+
+@cases()
+def test_no_barrier_is_there_twice(case):
+    """Neither Python nor LLVM copies any; those of other roles and modes are gone."""
+    assert 0 < barriers_in(case.code.ptx) <= barriers_of(case.launch.fn)
 
 
 @cases()

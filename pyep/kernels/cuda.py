@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import math
-import os
 import re
 import threading
 from types import SimpleNamespace
@@ -35,14 +34,15 @@ def resident_blocks(threads):
 
 @contextlib.contextmanager
 def compiling_for(cc):
-    """Have Numba compile functions that a kernel calls for a GPU of compute capability `cc`.  It would ask the current GPU, and
-    there need not be one."""
-    ask = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = ask
+    """Have Numba compile functions that a kernel calls for a GPU of compute capability `cc`, in one thread at a time.  It would ask
+    the current GPU, and there need not be one."""
+    with cache.LOCK:
+        ask = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = ask
 
 
 def ptx(fn, threads, cc=(9, 0), **constants):
@@ -63,28 +63,51 @@ def link(text, cc=(9, 0)):
 
 def cubin(fn, threads, cc, constants):
     """Machine code of a kernel, from the disk cache if it is there."""
-    folder = cache.directory("cuda")
-    name = cache.key(fn, (CUDA, threads, cc), constants)
-    file = folder / (name + ".cubin")
-    with cache.one_at_a_time(folder, name):
-        if not file.exists():
+    file = cache.File("cuda", cache.key(fn, (CUDA, threads, cc), constants) + ".cubin")
+    with cache.LOCK, file.locked():
+        code = file.read()
+        if code is None:
             code, _ = link(ptx(fn, threads, cc, **constants), cc)
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(code)
-            partial.rename(file)                                 # whole or not at all, also if this process is killed
-        return file.read_bytes()
+            file.write(code)
+        return code
+
+
+class Loaded:
+    """Machine code in the memory of one GPU, for all in this process that launch it."""
+
+    def __init__(self, code, name, device):
+        self.kernel = ObjectCode.from_cubin(code).get_kernel(name)
+        self._name, self._device, self._allowed = name, device, LARGE_SHARED
+
+    def allow_shared(self, nbytes):
+        """Blocks may have so many bytes of shared memory from here on; and still as many as were allowed before."""
+        if nbytes > self._allowed:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            error, = driver.cuKernelSetAttribute(attribute, nbytes, self.kernel.handle, driver.CUdevice(self._device))
+            if error:
+                raise RuntimeError(f"{self._name} needs {nbytes} bytes of shared memory per block: {error.name}")
+            self._allowed = nbytes
+
+
+LOADED = {}                                     # by name and GPU
+
+
+def loaded(fn, threads, device, constants):
+    """A kernel on a GPU, loaded once in a process."""
+    key = cache.key(fn, (CUDA, threads, device.cc), constants), device.index
+    with cache.LOCK:
+        if key not in LOADED:
+            LOADED[key] = Loaded(cubin(fn, threads, device.cc, constants), "pyep_" + fn.__name__, device.index)
+        return LOADED[key]
 
 
 class CudaKernel:
     """A compiled kernel on one GPU: `launch(stream, *ints)`, `stream` being a CUstream as an int."""
 
     def __init__(self, fn, device, blocks, threads, shared_bytes, overlap, constants):
-        self._kernel = ObjectCode.from_cubin(cubin(fn, threads, device.cc, constants)).get_kernel("pyep_" + fn.__name__)
-        if shared_bytes > LARGE_SHARED:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            error, = driver.cuKernelSetAttribute(attribute, shared_bytes, self._kernel.handle, driver.CUdevice(device.index))
-            if error:
-                raise RuntimeError(f"{fn.__name__} needs {shared_bytes} bytes of shared memory per block: {error.name}")
+        code = loaded(fn, threads, device, constants)
+        code.allow_shared(shared_bytes)
+        self._kernel = code.kernel
         resident = self._kernel.occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes) * device.multiprocessors
         if blocks > resident:
             raise RuntimeError(f"{fn.__name__} wants {blocks} blocks of {threads} threads at once; this GPU holds {resident}")
