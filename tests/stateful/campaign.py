@@ -1,17 +1,22 @@
 """The steps of a run, one after another, and what a failure says."""
 import collections
 import os
+import time
 import zlib
 
+import pytest
+
 from .buffers import Destroy, Lose, Make
-from .high_throughput import Cached, CombineRows, Dispatch, Drop, Layout
+from .high_throughput import Cached, CombineRows, Dispatch, Drop, Layout, TooLarge
 from .low_latency import CallHook, Clean, Combine, Receive
 from .refused import Refused
 from .waiting import Wait
 from .world import World
 
-OPERATIONS = Receive, Combine, CallHook, Clean, Layout, Dispatch, Cached, CombineRows, Drop, Wait, Refused, Make, Destroy, Lose
+OPERATIONS = (Receive, Combine, CallHook, Clean, Layout, Dispatch, Cached, CombineRows, TooLarge, Drop, Wait, Refused, Make, Destroy,
+              Lose)
 REMEMBERED = 12                         # operations that a failure tells of
+LATE = 0.002                            # seconds by which a rank comes late now and then
 
 
 def run(comm, seed, steps="0:200", all_modes=False, tell=False):
@@ -21,22 +26,27 @@ def run(comm, seed, steps="0:200", all_modes=False, tell=False):
     """
     world, counts, last, told = World(comm, seed, all_modes), collections.Counter(), collections.deque(maxlen=REMEMBERED), 0
     for world.step in numbers_of(steps):
-        operation = None
         try:
-            operation = draw(world)
-            last.append(f"step {world.step}: {operation}")
-            if tell and comm.rank == 0:
-                print(last[-1], flush=True)
-            told = zlib.crc32(last[-1].encode(), told)
-            operation.run()
-            world.check()
-        except Exception as error:
+            counts[take_step(world, last, tell)] += 1
+        except (Exception, pytest.fail.Exception) as error:
             raise AssertionError(failure(world, steps, last, error)) from error
-        counts[type(operation).__name__] += 1
+        told = zlib.crc32(last[-1].encode(), told)
     assert len(set(comm.allgather(told))) == 1, "the ranks have not drawn the same operations: this test is wrong"
-    while world.buffers:
-        world.buffers.pop().buf.destroy()
+    world.end()
     return counts
+
+
+def take_step(world, last, tell):
+    """Draw the operation of this step, tell of it in `last`, run it.  The name of its kind."""
+    operation = draw(world)
+    last.append(f"step {world.step}: {operation}")
+    if tell and world.comm.rank == 0:
+        print(last[-1], flush=True)
+    if operation.late == world.comm.rank:
+        time.sleep(LATE)
+    operation.run()
+    world.check()
+    return type(operation).__name__
 
 
 def draw(world):

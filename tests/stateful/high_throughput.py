@@ -3,8 +3,12 @@ import copy
 import dataclasses
 
 import numpy as np
+import pytest
 from engine import up
-from high_throughput_case import assert_combined, assert_dispatched, assert_layout, combine, dispatch, floats, rows_of_bf16, up_x
+from high_throughput_case import (Case, assert_combined, assert_dispatched, assert_layout, combine, dispatch, floats, rows_of_bf16,
+                                  up_x)
+
+from pyep import EPBufferTooSmallError
 
 from .shapes import HT_SHAPES, chance, draw_high_throughput, draw_seed, in_brackets, pick, words_of
 from .waiting import Operation, Timing
@@ -166,6 +170,26 @@ def with_outputs(made, rng, bias, sum_weights):
     other.bias = [tuple(rows_of_bf16(case, rng, t) for _ in range(bias)) for t in case.tokens]
     vars(other).pop("combined", None)
     return other
+
+
+class TooLarge(Operation):
+    """A dispatch with more rows for one rank than its whole heap has room for: refused on all ranks, and nothing else happens."""
+
+    weight = 0.3
+
+    def __init__(self, world, held, rng):
+        super().__init__(world, held, rng)
+        hidden, per_rank, topk = HT_SHAPES[False]
+        ranks, row = world.comm.size, 2 * hidden
+        tokens, experts = held.buf._connection.heap.nbytes // (row * ranks) + 1, per_rank * ranks
+        self.made = Case(draw_seed(rng), (tokens,) * ranks, hidden, experts, min(topk, experts), "one rank").make()
+
+    def __str__(self):
+        return f"{self.name}dispatch of too many tokens{words_of(self.made.case)}"
+
+    def run(self):
+        with pytest.raises(EPBufferTooSmallError, match="num_nvl_bytes"):
+            dispatch(self.buf, self.made)
 
 
 class Drop(Operation):

@@ -151,8 +151,8 @@ class Combine(Operation):
         x, waits = up(y[me]), up(np.zeros(case.ranks, np.int64))
         if self.zero_copy:
             held.wait()                                          # for those that read this array, if any does
-            x = self.buf.get_next_low_latency_combine_buffer(self.record.handle)
-            x[:] = up(y[me])
+            self.buf.get_next_low_latency_combine_buffer(self.record.handle)[:] = x
+            x = up(np.zeros_like(y[me]))                         # which is not looked at
         selections = (up(now[me]), up(weights[me])) if case.direct else (None, None)
         out = up(np.full((case.tokens[me], case.hidden), 7, y[me].dtype)) if self.out else None
         combined, event, hook = self.buf.low_latency_combine(

@@ -31,8 +31,8 @@ class Refused(Operation):
 
     def __init__(self, world, held, rng):
         super().__init__(world, held, rng)
-        wrongs = [wrong for kind in KINDS for wrong in kind(self, rng)]
-        self.wrong = pick(rng, wrongs)
+        wrongs = [list(kind(self, rng)) for kind in KINDS]
+        self.wrong = pick(rng, pick(rng, [of_kind for of_kind in wrongs if of_kind]))
         self.rank = pick(rng, (None, *range(world.comm.size)))
 
     def __str__(self):

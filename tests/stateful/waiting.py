@@ -12,6 +12,7 @@ class Operation:
 
     def __init__(self, world, held, rng):
         self.world, self.held, self.buf, self.me = world, held, held.buf, held.buf.rank
+        self.late = pick(rng, range(world.comm.size)) if chance(rng, 0.1) else None       # the rank that the others wait for
         self.name = "first buffer: " if held.born < 0 else f"buffer of step {held.born}: "
 
     @staticmethod

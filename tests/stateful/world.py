@@ -1,4 +1,5 @@
 """What is held between the operations: buffers, and of each the results, handles, hooks and events."""
+import gc
 import hashlib
 import itertools
 
@@ -42,6 +43,18 @@ class World:
         for kept in self.left:
             kept.check()
 
+    def end(self):
+        """Destroy all buffers; what they have lent out has come back once nobody holds it."""
+        self.left.clear()
+        self.destroyed.clear()
+        for held in self.buffers:
+            held.wait()
+            held.forget()
+            gc.collect()
+            heap = held.buf._connection.heap
+            assert heap.free() == heap.nbytes, f"nothing is held, but of {heap.nbytes} bytes of the heap {heap.free()} are free"
+            held.buf.destroy()
+
 
 class Held:
     """A Buffer, and what is held of it.  It has memory for both families; `born`: the step that made it."""
@@ -76,6 +89,10 @@ class Held:
         """For all operations with async_finish."""
         while self.running:
             self.running.pop(0).finish()
+
+    def forget(self):
+        """Let go of all results."""
+        self.received, self.dispatched, self.sent, self.event = [], [], [], None
 
 
 class Sent:
