@@ -13,8 +13,8 @@ from .refused import Refused
 from .waiting import Wait
 from .world import World
 
-OPERATIONS = (Receive, Combine, CallHook, Clean, Layout, Dispatch, Cached, CombineRows, TooLarge, Drop, Wait, Refused, Make, Destroy,
-              Lose)
+OPERATIONS = (Receive, Combine, CallHook, Clean, Layout, Dispatch, Cached, CombineRows, TooLarge, Drop, Wait, Refused, Make,
+              Destroy, Lose)
 REMEMBERED = 12                         # operations that a failure tells of
 LATE = 0.002                            # seconds by which a rank comes late now and then
 

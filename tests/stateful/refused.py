@@ -86,11 +86,7 @@ def wrong_combines(refused, rng):
     world, held, buf = refused.world, refused.held, refused.buf
 
     def wrong(record, words, error, *named, **arguments):
-        case, me = record.case, refused.me
-        good = dict(x=up(record.made[3][me]), topk_idx=up(record.made[1][me]), topk_weights=up(record.made[2][me]),
-                    handle=record.handle)
-        return Wrong(f"low_latency_combine of step {record.born} ({case.layout}), {words}", error, named,
-                     lambda: buf.low_latency_combine(**good | arguments))
+        return wrong_combine(refused, record, words, error, *named, **arguments)
 
     for record in combinable(held)[-1:]:
         yield wrong(record, "no handle", TypeError, "handle", handle=tuple(record.handle))
@@ -99,12 +95,24 @@ def wrong_combines(refused, rng):
         yield wrong(record, "out of another shape", ValueError, "out", out=zeros(100, record.case.hidden))
         if not held.may_send:
             yield wrong(record, "the last but one was not received", RuntimeError, "hook")
-    for record in held.received:
-        if not record.alive:
-            yield wrong(record, "its results were overwritten", ValueError, "handle", "overwritten")
     for record in others(world, held, "received"):
         yield wrong(record, "of the other buffer", ValueError, "handle", "another Buffer")
     yield Wrong("mask buffer", NotImplementedError, ("enable_shrink",), lambda: buf.low_latency_update_mask_buffer(0, True))
+
+
+def wrong_combine(refused, record, words, error, *named, **arguments):
+    case, me = record.case, refused.me
+    _, topk_idx, weights, y = (up(of_all[me]) for of_all in record.made)
+    good = dict(x=y, topk_idx=topk_idx, topk_weights=weights, handle=record.handle)
+    return Wrong(f"low_latency_combine of step {record.born} ({case.layout}), {words}", error, named,
+                 lambda: refused.buf.low_latency_combine(**good | arguments))
+
+
+def old_combines(refused, rng):
+    """Of `low_latency_combine`, with handles that are too old."""
+    for record in refused.held.received:
+        if not record.alive:
+            yield wrong_combine(refused, record, "its results were overwritten", ValueError, "handle", "overwritten")
 
 
 def wrong_dispatches(refused, rng):
@@ -177,4 +185,4 @@ def others(world, held, records):
             for record in [r for r in getattr(other, records) if r.handle is not None][-1:]]
 
 
-KINDS = wrong_receives, wrong_combines, wrong_dispatches, wrong_combines_of_rows, wrong_buffers
+KINDS = wrong_receives, wrong_combines, old_combines, wrong_dispatches, wrong_combines_of_rows, wrong_buffers
