@@ -68,7 +68,7 @@ class Library:
         return False
 
     def without_history(self, array):
-        """An array that outlives a call, to be handed out anew: the same memory, of which autograd knows nothing.  None for None."""
+        """The memory of an array that outlives a call, to be handed out anew: autograd knows nothing of it.  None for None."""
         return array
 
     def of_memory(self, memory):
@@ -234,7 +234,7 @@ def view(memory, dtype, shape, offset):
 
 
 def signature(array):
-    """All of an argument that checks look at but for its address and values: two arguments with the same one pass the same checks."""
+    """All of an argument that checks look at but for its address and values: with the same one two pass the same checks."""
     return _signature_of(type(array))(array)
 
 

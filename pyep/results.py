@@ -89,6 +89,59 @@ class Results:
             turns[turn] = received, addresses
         return received, addresses
 
+    def combine_input(self, shape, make=True):
+        """An array like recv_x in bf16 for a combine to send from; None if there is none yet and none is to be made."""
+        groups, rows = recv_shape(shape)
+        dims = groups, rows, shape.hidden
+        if self._combine_input is None or len(self._combine_input) < math.prod(dims):
+            if not make:
+                return None
+            if self._library.is_capturing():
+                raise RuntimeError("the first get_next_low_latency_combine_buffer of a shape makes memory that outlives a graph: call "
+                                   "it once before capturing")
+            self._keep(self._combine_input)
+            self._combine_input = self._allocate(dims, "bfloat16")
+        with self._library.lasting():
+            return self._library.without_history(_begin_of(self._combine_input, dims))
+
+    def note_capture(self):
+        """An operation is about to be launched: if into a graph, what it uses must stay for as long as the buffer."""
+        if not self._captured and self._library.engine == "cuda":
+            self._captured = self._library.is_capturing()
+
+    def _keep(self, *arrays):
+        if self._captured:
+            self._kept.append(arrays)
+
+    def _turns_for(self, shape):
+        specs, library = _arrays(shape, self._ports), self._library
+        with library.lasting():
+            sets = [[spec and _begin_of(array, spec[0]) for spec, array in zip(specs, arrays)] for arrays in self._sets]
+            if shape.fp8:
+                for arrays in sets:
+                    arrays[1] = arrays[1].swapaxes(1, 2)
+            sets = [list(map(library.without_history, arrays)) for arrays in sets]
+            selected = [_begin_of(array, _selected(shape)[0]) for array in self._selected]
+        turns = [Received(*sets[i % 2], selected[i % 3]) for i in range(6)]
+        return [(received, Received(*(0 if a is None else library.pointer(a) for a in received))) for received in turns]
+
+    def _allocate(self, dims, dtype, value=None):
+        """An array of one dimension with so many entries.  With a value it is what a combine looks at before it knows whether the
+        dispatch has failed: then nothing is there."""
+        with self._library.lasting():
+            array = self._library.empty((math.prod(dims),), dtype)
+            if value is not None:
+                array[...] = value
+        return array
+
+
+MOST_VIEWS = 64                         # of how many M the arrays are kept in mind
+
+
+def _begin_of(array, dims):
+    """The first entries of an array as one of these dimensions."""
+    return array[:math.prod(dims)].reshape(dims)
+
 
 def recv_shape(shape):
     """(groups, rows of each) of recv_x: rows lie by local expert, in the rank-major layout by source rank."""

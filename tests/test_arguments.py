@@ -480,6 +480,32 @@ def assert_is(got, case):
     assert_dispatched(got, reference.low_latency_dispatch(x, topk_idx, case.max_tokens, case.experts)[0])
 
 
+class Array(np.ndarray):
+    """As programs define them."""
+
+
+def dispatch_kinds_of_arrays(comm, folder):
+    x, topk_idx, topk_weights, y = (of_all[0] for of_all in CASE.make())
+    with make_buffer(comm, M, H, E, K) as buf:
+        for kind in "subclass", "memory-mapped, read-only":
+            made = []
+            for i, array in enumerate((x, topk_idx, topk_weights, y)):
+                if kind != "subclass":
+                    np.memmap(f"{folder}/{i}", array.dtype, "w+", shape=array.shape)[...] = array
+                made.append(array.view(Array) if kind == "subclass" else np.memmap(f"{folder}/{i}", array.dtype, "r",
+                                                                                   shape=array.shape))
+            x_made, idx_made, weights_made, y_made = made
+            got = buf.low_latency_dispatch(x_made, idx_made, M, E, use_fp8=False)
+            out, _, _ = buf.low_latency_combine(y_made, idx_made, weights_made, got.handle)
+            assert type(got.recv_x) is type(out) is np.ndarray, kind
+            assert_is(out, CASE)
+
+
+@pytest.mark.skipif(on_gpu(), reason="about NumPy's arrays")
+def test_kinds_of_arrays(tmp_path):
+    ranks.run(1, dispatch_kinds_of_arrays, str(tmp_path))
+
+
 def call_hooks_wrongly(comm):
     with make_buffer(comm, M, H, E, K) as buf:
         one, other = (accepted(case, buf)["low_latency_dispatch"] for case in (CASE, OTHER))

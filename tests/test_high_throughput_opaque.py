@@ -1,5 +1,4 @@
 """High-throughput dispatch of rows and scales of all types, numbers and strides: byte for byte as they are."""
-import ml_dtypes  # noqa: F401, names its types for NumPy
 import numpy as np
 import pytest
 import ranks

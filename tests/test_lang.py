@@ -4,8 +4,8 @@ A kernel below gathers what several ops do in an output array, and runs in a nar
 those that only compute or copy also run on a GPU, where the tests are meant to use one.
 """
 import functools
-import os
 import time
+from types import FunctionType
 from typing import NamedTuple
 
 import numpy as np

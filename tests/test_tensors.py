@@ -1,9 +1,8 @@
-"""What PyTorch's programs bring: kinds of tensors, with memory and without, modes that a call is made in, autograd, torch.compile."""
+"""What PyTorch's programs bring: tensors with memory and without, modes that a call is made in, autograd, torch.compile."""
 import contextlib
 import threading
 import warnings
 
-import numpy as np
 import pytest
 import ranks
 from case import Case, assert_same
@@ -158,7 +157,8 @@ def accept_tensors(comm):
         for kind, make in WITH_MEMORY.items():
             for mode in contextlib.nullcontext(), torch.device("cpu"), torch.device("meta"):
                 for operation, given in accepted.items():
-                    made = {name: make(value) if torch.is_tensor(value) and name != "out" else value for name, value in given.items()}
+                    made = {name: make(value) if torch.is_tensor(value) and name != "out" else value
+                            for name, value in given.items()}
                     with mode:
                         got = getattr(buf, operation)(**made)[0]
                     assert type(got) is torch.Tensor and not got.requires_grad, (kind, operation)
@@ -192,7 +192,7 @@ MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "fake
 
 
 def call_in_modes(comm, name):
-    """The first call in a mode, the next in none; each result is what it would be without, and can be changed and go into autograd."""
+    """The first call in a mode, the next in none: each result can be changed in place and go into autograd."""
     x, idx, weights, y = (tensor(a[0]) for a in CASE.make())
     factor = torch.full((H,), 2.0, dtype=torch.bfloat16, device=x.device).requires_grad_()
     with make_buffer(comm, M, H, E, K, num_nvl_bytes=HEAP) as buf:

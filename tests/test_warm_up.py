@@ -3,7 +3,6 @@ import contextlib
 import io
 
 import numpy as np
-import pytest
 import ranks
 from case import Case, run_round
 from engine import make_buffer, up
