@@ -1,17 +1,20 @@
-"""Kernels on an NVIDIA GPU: numba-cuda writes PTX, nvJitLink makes machine code of it, `cuda.core` launches it.
+"""Kernels on an NVIDIA GPU: numba-cuda writes PTX, nvJitLink makes machine code of it, the driver launches it.
 
-`ptx` and `cubin` need no GPU.  Numba's own dispatcher is not used: it costs tens of microseconds a launch.
+`ptx` and `cubin` need no GPU.  Numba's own dispatcher is not used: it costs tens of microseconds a launch.  Nor is `cuda.core`'s
+`launch`: with 20 arguments and a cooperative grid it takes 7.4 us on the machine with an H200 where the driver's own call takes 3.7.
 """
 import contextlib
+import ctypes
 import functools
 import inspect
 import math
 import re
+import struct
 import threading
 from types import SimpleNamespace
 
 from cuda.bindings import driver, runtime
-from cuda.core import Device, Event, LaunchConfig, Linker, LinkerOptions, ObjectCode, Stream, StreamOptions, launch
+from cuda.core import Device, Event, Linker, LinkerOptions, ObjectCode, Stream, StreamOptions
 from numba import cuda, types
 from numba.cuda import dispatcher
 
@@ -111,12 +114,36 @@ class CudaKernel:
         resident = self._kernel.occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes) * device.multiprocessors
         if blocks > resident:
             raise RuntimeError(f"{fn.__name__} wants {blocks} blocks of {threads} threads at once; this GPU holds {resident}")
-        # Cooperative: the driver starts all blocks together or none, whatever else runs on the GPU.
-        self._config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes, is_cooperative=True,
-                                    programmatic_stream_serialization=overlap)
+        self._name, count = fn.__name__, len(inspect.signature(fn).parameters)
+        self._function = driver.CUfunction(int(self._kernel.handle))
+        self._config = launch_config(blocks, threads, shared_bytes, overlap)
+        # The arguments, where the driver copies them from: written anew for each launch, since it has copied them when it returns.
+        self._arguments, self._pack = (ctypes.c_int64 * count)(), struct.Struct(f"{count}q").pack_into
+        begin = ctypes.addressof(self._arguments)
+        self._addresses = (ctypes.c_void_p * count)(*range(begin, begin + 8 * count, 8))
+        self._at_addresses = ctypes.addressof(self._addresses)
 
     def launch(self, stream, *args):
-        launch(_stream(stream), self._config, self._kernel, *args)
+        self._pack(self._arguments, 0, *args)
+        self._config.hStream = stream
+        error, = driver.cuLaunchKernelEx(self._config, self._function, self._at_addresses, 0)
+        if error:
+            raise RuntimeError(f"the launch of {self._name} failed: {error.name}")
+
+
+def launch_config(blocks, threads, shared_bytes, overlap):
+    """How the driver launches a kernel.  Cooperative: it starts all blocks together or none, whatever else runs on the GPU."""
+    cooperative, serialized = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    cooperative.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    cooperative.value.cooperative = 1
+    serialized.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    serialized.value.programmaticStreamSerializationAllowed = int(overlap)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.attrs, config.numAttrs = [cooperative, serialized], 2
+    return config
 
 
 @functools.lru_cache(maxsize=64)
