@@ -179,6 +179,14 @@ def library_of(array, argument):
     return library
 
 
+def as_numpy(array):
+    """A checked array on the CPU as one of NumPy, not copied: whatever its class, and the mode that PyTorch is in."""
+    if isinstance(array, np.ndarray):
+        return np.asarray(array)
+    library = library_of(array, "array")
+    return _library("numpy", "cpu").lent(library.pointer(array), library.dtype(array), tuple(array.shape), array)
+
+
 def library_on_gpu():
     """The library whose current stream is meant where no array says so: PyTorch if it has used a GPU, else CuPy if the program has
     imported it, else None."""

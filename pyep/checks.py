@@ -122,7 +122,7 @@ def index_bytes_of(library, topk_idx):
 
 def check_experts(topk_idx, num_experts):
     """Experts that do not exist.  Only on the CPU: on a GPU the kernel finds out, without a wait."""
-    indices = np.asarray(topk_idx)
+    indices = arrays.as_numpy(topk_idx)
     if indices.size and not (-1 <= indices.min() and indices.max() < num_experts):
         raise ValueError(f"topk_idx has values from {indices.min()} to {indices.max()}; expected -1 to {num_experts - 1}")
 

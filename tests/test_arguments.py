@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import ranks
-from case import Case, assert_dispatched, run_round
+from case import Case, assert_dispatched, assert_same, run_round
 from engine import down, make_buffer, on_gpu, up
 from ml_dtypes import bfloat16
 from rejection import read_only, rejected, zeros
@@ -498,7 +498,8 @@ def dispatch_kinds_of_arrays(comm, folder):
             got = buf.low_latency_dispatch(x_made, idx_made, M, E, use_fp8=False)
             out, _, _ = buf.low_latency_combine(y_made, idx_made, weights_made, got.handle)
             assert type(got.recv_x) is type(out) is np.ndarray, kind
-            assert_is(out, CASE)
+            assert_is(got, CASE)
+            assert_same(out, CASE.combined([y], [topk_idx], [topk_weights])[0], f"combined_x of {kind}")
 
 
 @pytest.mark.skipif(on_gpu(), reason="about NumPy's arrays")

@@ -263,7 +263,7 @@ def checkpoint_a_layer(comm):
 
         def layer(x, weights):
             received, received_weights, _, handle = dispatch(x, weights, layout, idx)
-            return combine(torch.tanh(received * received_weights.sum(dim=1, keepdim=True)), handle)
+            return combine(torch.tanh(received * received_weights.sum(dim=1, keepdim=True)).to(x.dtype), handle)
 
         def gradients(run):
             inputs = x.clone().requires_grad_(), weights.clone().requires_grad_()
