@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import ranks
-from engine import down, make_high_throughput_buffer, on_gpu, up
+from engine import choose_gpu, down, make_high_throughput_buffer, on_gpu, up
 from high_throughput_case import Case, assert_bits, counts_of
 
 HEAP = 2**22
@@ -58,7 +58,7 @@ def to_engine(array):
     if not on_gpu():
         return array
     whole = array
-    while isinstance(whole.base, np.ndarray) and whole.base.dtype == array.dtype:
+    while isinstance(whole.base, np.ndarray):                    # to the array that has the memory, of whatever type
         whole = whole.base
     import cupy
     begin = (array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) if array.size else 0
@@ -106,6 +106,7 @@ def torch_types(comm):
     import torch
     me, tokens = comm.rank, TOKENS[:comm.size]
     layout = Case(1, tokens, 64, 4 * comm.size, 3).make().layout
+    choose_gpu()
     device = "cuda" if on_gpu() else "cpu"
     counts = {name: torch.from_numpy(getattr(layout[me], name)).to(device)
               for name in ("num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert")}

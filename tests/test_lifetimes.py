@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import ranks
 from case import Case, run_round
-from engine import make_buffer, on_gpu
+from engine import choose_gpu, make_buffer, on_gpu
 from high_throughput_case import dispatch as ht_dispatch
 from test_faults import H, K, LOCAL, M, a_round, case_of, mappings
 from test_high_throughput_faults import HEAP, made_for
@@ -349,6 +349,7 @@ def in_a_thread(function, *args):
 
     def call():
         try:
+            choose_gpu()                                         # a thread begins on the first one
             outcome.append((function(*args), None))
         except BaseException as error:
             outcome.append((None, error))
