@@ -80,6 +80,10 @@ class Library:
         array = self.of_memory(Memory(self.engine, address, shape, owner, TYPES.get(dtype, "|u1")))
         return array.view(self.dtype_of(dtype)) if dtype in VIEWED else array
 
+    def retyped(self, array, dtype):
+        """An array's memory as values of another type, one of the library's."""
+        return array.view(dtype)
+
     def dtype_of(self, name):
         """The library's dtype of a name."""
         return np.dtype(getattr(ml_dtypes, name, name))

@@ -52,7 +52,7 @@ class Received:
                 if n:
                     engine.copy(library.pointer(array), address, n * kind.nbytes, stream)
                     copied += n * kind.nbytes
-            array = array.view(kind.dtype)
+            array = library.retyped(array, kind.dtype)
             arrays[kind.index] = array if kind.by_rows else array.reshape(n)
         return arrays, copied
 
