@@ -129,7 +129,7 @@ def check_experts(topk_idx, num_experts):
 
 def check_room(topk_idx, shape, rank):
     """More rows for an expert than it has room for, of a low-latency dispatch.  Likewise only on the CPU."""
-    indices = np.asarray(topk_idx)
+    indices = arrays.as_numpy(topk_idx)
     if indices.size > shape.max_tokens and not shape.rank_major:
         rows = np.bincount(indices[indices >= 0], minlength=1)
         if rows.max() > shape.max_tokens:

@@ -16,6 +16,14 @@ from pyep.kernels.op import CUDA, Cpu, bind, rare
 TWICE = 0
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """What was compiled is remembered, by code: not from one test to the next."""
+    collectives.compiled.cache_clear()
+    yield
+    collectives.compiled.cache_clear()
+
+
 def one(base):
     st8(base, 1)
 
@@ -127,7 +135,8 @@ def test_a_copy_is_noticed(fn, monkeypatch):
         assert sys.version_info[:2] != (3, 12)                   # which copies all of them
         pytest.skip("this Python does not copy it")
     monkeypatch.setattr(collectives, "WithoutReasonsToCopy", ast.NodeTransformer)
-    fresh = FunctionType(fn.__code__, globals(), fn.__name__)    # what was compiled is remembered, by function
+    collectives.compiled.cache_clear()
+    fresh = FunctionType(fn.__code__, globals(), fn.__name__)
     with pytest.raises(ValueError, match=f"{fn.__name__} .*test_collectives.py, line .* calls {name}, .*{in_source} times in its "
                                          f"source, but {in_code} times"):
         bind(fresh, CUDA)
@@ -213,6 +222,7 @@ def test_a_source_that_has_changed(tmp_path, monkeypatch):
     assert calls(names["kernel"], bind(names["kernel"], CUDA).__code__) == {"syncthreads": (1, 1)}
     file.write_text(file.read_text() + "    syncthreads()\n")
     linecache.checkcache(str(file))
+    collectives.compiled.cache_clear()
     fresh = FunctionType(names["kernel"].__code__, names)
     with pytest.raises(ValueError, match="kernel .*was changed since it was imported"):
         bind(fresh, CUDA)

@@ -23,7 +23,7 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                ld4_relaxed_if, ld4_shared, ld8, ld8_acquire, ld8_constant, ld8_if, ld8_nc, ld8_nc_if, ld8_relaxed,
                                ld8_relaxed_if, ld8_shared, ld16, ld16_if, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if,
                                lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, prefetch,
-                               present, previous_kernel_done, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
+                               present, previous_kernel_done, reserved, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
                                st8_after_kernels, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release,
                                swap8_if, syncthreads, syncthreads_or, syncwarp,
                                thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
@@ -433,12 +433,12 @@ def test_how_often_waits_look_at_the_clock(shape):
 # ---- rows that announce themselves -----------------------------------------------------------------------------------
 
 def announce(rows, n, out):
-    """Six words a row: absent(row), absent(present(row)), present(row), absence()."""
+    """Six words a row: absent(row), absent(present(row)) and above it reserved(row), present(row), absence()."""
     i = my_thread()
     while i < n:
         row, at = ld16(rows + 16 * i), out + 48 * i
         st8(at, absent(row))
-        st8(at + 8, absent(present(row)))
+        st8(at + 8, absent(present(row)) | reserved(row) << 1)
         st16(at + 16, present(row))
         st16(at + 32, absence())
         i += all_threads()
@@ -456,7 +456,8 @@ def test_absence(shape, rows):
     run(announce, shape, filled(rows, np.uint32), len(rows), out)
     for row, got in zip(rows, out.tolist()):
         replaced = [MASK32 >> 1 if word == MASK32 else word for word in row]
-        assert got == [int(MASK32 in row), 0, 0, 0, *replaced, *[MASK32] * 4]
+        reserved = 2 * (MASK32 in row or MASK32 - 1 in row)
+        assert got == [int(MASK32 in row), 0, reserved, 0, *replaced, *[MASK32] * 4]
 
 
 # ---- bf16, fp32 and e4m3 ---------------------------------------------------------------------------------------------
