@@ -23,8 +23,8 @@ from pyep.kernels.lang import (absence, absent, add4, add4_shared, add8, add8_re
                                ld4_relaxed_if, ld4_shared, ld8, ld8_acquire, ld8_constant, ld8_if, ld8_nc, ld8_nc_if, ld8_relaxed,
                                ld8_relaxed_if, ld8_shared, ld16, ld16_if, ld16_nc, ld16_nc_if, ld16_relaxed, ld16_relaxed_if,
                                lowest_bit, next_kernel_may_start, num_blocks, num_threads, pause, polls_per_look, popc, prefetch,
-                               present, previous_kernel_done, reserved, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared, st8,
-                               st8_after_kernels, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release,
+                               present, previous_kernel_done, reserved, shared, shfl, shfl_xor, st1, st4, st4_relaxed, st4_shared,
+                               st8, st8_after_kernels, st8_relaxed, st8_release, st8_shared, st16, st16_relaxed, st16_release,
                                swap8_if, syncthreads, syncthreads_or, syncwarp,
                                thread_rank, to_bf16, to_e4m3, udiv, umod, warp_size, zeros)
 from pyep.kernels.op import Cpu, Op
