@@ -80,6 +80,10 @@ class Library:
         array = self.of_memory(Memory(self.engine, address, shape, owner, TYPES.get(dtype, "|u1")))
         return array.view(self.dtype_of(dtype)) if dtype in VIEWED else array
 
+    def retyped(self, array, dtype):
+        """An array's memory as values of another type, one of the library's."""
+        return array.view(dtype)
+
     def dtype_of(self, name):
         """The library's dtype of a name."""
         return np.dtype(getattr(ml_dtypes, name, name))
@@ -210,17 +214,27 @@ class Memory:
         self.engine, self.nbytes, self.owner = engine, math.prod(shape) * int(typestr[2:]), owner
 
 
+def allocate(engine, nbytes, dtype):
+    """`Memory` of its own, whose values are undefined, from the library that has the dtype."""
+    library = _library_for(dtype, engine)
+    array = library.empty((max(nbytes, 1),), "uint8")
+    return Memory(engine, library.pointer(array), (nbytes,), array)
+
+
+def _library_for(dtype, engine):
+    if type(dtype).__module__.partition(".")[0] == "torch":
+        return _library("torch", engine)
+    return _library("cupy" if engine == "cuda" else "numpy", engine)
+
+
 def view(memory, dtype, shape, offset):
     """An array over a `Memory`, not copied, of PyTorch if the dtype is, else NumPy or CuPy.
 
     shape: a tuple or torch.Size, or None for all that follows byte `offset`, in one dimension.
     """
-    if type(dtype).__module__.partition(".")[0] == "torch":
-        library, itemsize = _library("torch", memory.engine), dtype.itemsize
-    else:
-        library = _library("cupy" if memory.engine == "cuda" else "numpy", memory.engine)
-        dtype = np.dtype(dtype)
-        itemsize = dtype.itemsize
+    library = _library_for(dtype, memory.engine)
+    dtype = dtype if library.name == "torch" else np.dtype(dtype)
+    itemsize = dtype.itemsize
     if not 0 <= offset <= memory.nbytes or offset % itemsize:
         raise ValueError(f"offset is {offset}; expected bytes, a multiple of {itemsize}, up to {memory.nbytes}")
     room = (memory.nbytes - offset) // itemsize

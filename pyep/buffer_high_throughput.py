@@ -1,15 +1,16 @@
 """The high-throughput operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
+import functools
 import time
 from typing import NamedTuple
 
 from . import arrays
 from .checks import check_experts
-from .checks_high_throughput import (LAYOUT, check_cached, check_combine, check_dispatch, check_handle, check_layout, check_run,
-                                     values_and_scales)
-from .errors import EPBufferTooSmallError
+from .checks_high_throughput import (LAYOUT, biases_of, check_cached, check_combine, check_dispatch, check_fits_handle,
+                                     check_handle, check_layout, check_library, check_none, check_run, strides, values_and_scales)
 from .events import EventOverlap
-from .high_throughput import (UNLIMITED, WORDS_FOR, HighThroughputHandle, Kernels, Known, Lent, Made, error_from, lend_received,
-                              read_counts, too_small)
+from .high_throughput import UNLIMITED, Kernels, Plan
+from .high_throughput_errors import WORDS_FOR, error_from, too_small
+from .high_throughput_results import HighThroughputHandle, Known, Received, Words, read_counts
 from .kernels.intranode_notify import STATE
 
 CHECKED = 1000                          # kinds of calls whose checks are remembered, at most
@@ -17,16 +18,24 @@ POLLS = 1000                            # of the host for counts, between looks 
 
 
 class HighThroughputOperations:
-    """The part of `Buffer` that training and prefill use."""
+    """The part of `Buffer` that training and prefill use.
+
+    copied_results, copied_bytes: how many dispatches had their results copied out of the operations' room, since the results' room
+        had no space for them, and how many bytes that were; in a CUDA graph they count once, when it is captured.
+    """
 
     num_sms = 20                        # see `Buffer.set_num_sms`
 
     def __init__(self, connection, num_nvl_bytes):
         self._connection, self._num_nvl_bytes = connection, num_nvl_bytes
+        self.copied_results = self.copied_bytes = 0
         self._kernels = Kernels(connection.engine, connection.size)
-        self._checked, self._met = {}, {}                        # calls whose checks have passed; shapes, by fingerprint
+        self._checked, self._ht_plans = {}, {}                      # calls whose checks have passed; what they launch
+        self._met = {}                                           # shapes for which the ranks have met, by fingerprint
         self._counts = {}                                        # memory in which layouts are counted
-        connection.words_for.update(dict.fromkeys(WORDS_FOR, self._high_throughput_error))
+        words = functools.partial(error_from, rank=connection.rank, shapes=self._met, half_bytes=connection.half_bytes,
+                                  num_ranks=connection.size, timeout_s=connection.timeout_s)
+        connection.words_for.update(dict.fromkeys(WORDS_FOR, words))
 
     def get_dispatch_layout(self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
         """Count what this rank sends to whom: what `dispatch` wants to be told.  No other rank takes part.
@@ -42,7 +51,7 @@ class HighThroughputOperations:
         connection.require_usable()
         connection.require_one_node("get_dispatch_layout")
         check_run(None, previous_event)
-        library, num_tokens, num_topk, index_bytes = self._check("layout", check_layout, (topk_idx,), (num_experts,))
+        library, num_tokens, num_topk, index_bytes, num_experts = self._check("layout", check_layout, (topk_idx,), (num_experts,))
         if library.engine == "cpu":
             check_experts(topk_idx, num_experts)
         ranks = connection.size
@@ -63,7 +72,10 @@ class HighThroughputOperations:
                  previous_event=None, async_finish=False, allocate_on_comm_stream=False):
         """Send every token once to each rank that owns one of its experts.
 
-        x: [T, H] bf16, or the pair (e4m3 [T, H], scales fp32 [T, H/128]), which travels as it is.  T may differ between ranks.
+        x: [T, H] bf16, or of any type of one byte where H is a multiple of 16; rows may lie apart, by a multiple of 16 bytes.  Or
+            the pair (values of such a type, scales [T, S] or [T] of fp32, int32, uint8, float8_e8m0fnu, bf16.., in any strides).
+            All of it travels byte for byte as it is: quantized in blocks of any size, packed FP4, packed exponents.  T may differ
+            between ranks.
         handle: of an earlier dispatch, whose layout this one has: no counts are exchanged and only x moves (*cached*); the
             arguments up to topk_weights must then be None.
         num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: as `get_dispatch_layout` returns them.
@@ -80,48 +92,52 @@ class HighThroughputOperations:
             belongs to no stream.
 
         Returns (recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle, event).
-        recv_x: [N, H] like x, or a pair; ordered by (source rank, source token).  recv_topk_idx [N, K] int64: local experts, -1
-        where an expert is another rank's.  recv_topk_weights [N, K] fp32: 0 there.  The list has the selections of each local
-        expert.  With num_worst_tokens the list is empty, recv_topk_idx is -1 and recv_topk_weights 0 in rows that no token came
-        to, and recv_x is undefined there.
+        recv_x: [N, H] like x, or a pair like it, contiguous; ordered by (source rank, source token).  recv_topk_idx [N, K] int64:
+        local experts, -1 where an expert is another rank's.  recv_topk_weights [N, K] fp32: 0 there.  The list has the selections
+        of each local expert.  With num_worst_tokens the list is empty, recv_topk_idx is -1 and recv_topk_weights 0 in rows that no
+        token came to, and recv_x is undefined there.
 
-        All results lie in the heap (num_nvl_bytes) and hold their memory as long as arrays over it live.  Too little room raises
-        `EPBufferTooSmallError`, without num_worst_tokens on all ranks if any has too little; the buffer stays usable.
+        Results lie where the peers wrote them, in num_nvl_bytes, as long as there is space, and hold it as long as arrays over them
+        live.  Where there is none, all results of the dispatch are copied, once, into memory of their library (`copied_results`
+        counts).  So it does not matter how many results are held.  `EPBufferTooSmallError` is raised where this one operation is
+        too large for num_nvl_bytes: without num_worst_tokens on all ranks, in the same call; the buffer stays usable.
         """
         connection = self._connection
         connection.require_usable()
         connection.require_one_node("dispatch")
         check_run(config, previous_event)
         values, scales = values_and_scales(x)
-        counts, worst = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert), num_worst_tokens
+        counts = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
         if handle is None:
-            library, shape, index_bytes = self._check(
-                "dispatch", check_dispatch, (values, scales, *counts, topk_idx, topk_weights), (expert_alignment, worst))
-            connection.heap.capturing = library.is_capturing()
-            self._check_uncached(library, shape, topk_idx, worst)
+            moved = self._check("dispatch", check_dispatch, (values, scales, *counts, topk_idx, topk_weights),
+                                (expert_alignment, num_worst_tokens, strides(values), strides(scales)))
         else:
-            check_handle(handle, id(self))
-            given = dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights, num_worst_tokens=worst)
-            library, shape, index_bytes = check_cached(connection.engine, connection.size, values, scales, handle, given)
-            connection.heap.capturing = library.is_capturing()
-            self._require_room(shape, handle.known.num_rows, len(values))
-        inputs = [0 if a is None else aligned(library, a, "x") for a in (values, scales)]
-        kernels = self._ready(shape, library, index_bytes, self._sms(config))
+            check_handle(handle, connection.number)
+            if num_worst_tokens or any(a is not None for a in (*counts, topk_idx, topk_weights)):
+                check_none(dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights,
+                                num_worst_tokens=num_worst_tokens))
+            moved = self._check("cached", check_cached, (values, scales), (strides(values), strides(scales)))
+            check_fits_handle(moved, values, handle)
+        connection.heap.capturing = moved.library.is_capturing()
+        if handle is None:
+            self._check_uncached(moved, topk_idx)
+        library, num_tokens, known = moved.library, values.shape[0], handle and handle.known
+        at_x, at_scales = aligned(library, values, "x"), 0 if scales is None else library.pointer(scales)
+        scale_item, *scale_strides = moved.scales_from(at_scales)
+        plan = self._ready(library, moved.shape, moved.index_bytes, scale_item, self._sms(config),
+                           self._most(moved, num_tokens, known))
         run = self._enter(library, async_finish, previous_event)
-        if handle is None:
-            known = self._exchange(run, shape, kernels["notify"], *counts, len(values), expert_alignment, worst)
-        else:
-            known = handle.known
-        received = lend_received(connection, shape, known.num_rows, library.dtype(values))
+        if known is None:
+            known, words = self._exchange(run, plan, moved, *counts, num_tokens)
+        received = Received(connection.transport.base, connection.heap, plan.rows, moved.kinds, known.num_rows)
         self._cover(run)
-        connection.launch(kernels["dispatch"], run.stream, *self._common(), *inputs,
-                          *[0 if a is None else library.pointer(a) for a in (topk_idx, topk_weights)], len(values),
-                          known.rank_prefix.address, known.send_rows.address, known.num_rows,
-                          *[(lent or received.x).address for lent in received])      # what does not travel has a place all the same
-        recv_x, sources, recv_topk_idx, recv_topk_weights, recv_scales = [lent and lent.array(library) for lent in received]
+        connection.launch(plan.kernels["dispatch"], run.stream, *self._common(), plan.fingerprint, at_x, moved.x_stride, at_scales,
+                          *scale_strides, *[0 if a is None else library.pointer(a) for a in (topk_idx, topk_weights)], num_tokens,
+                          known.rank_prefix, known.send_rows, known.num_rows, *received.addresses)
+        recv_x, sources, recv_topk_idx, recv_topk_weights, recv_scales = results = self._received(run, received)
         if handle is None:
-            handle = HighThroughputHandle(id(self), known, library, sources, is_token_in_rank)
-        event = self._event(run, (x, counts, topk_idx, topk_weights, handle, received))
+            handle = HighThroughputHandle(connection.number, known, library, words, sources, is_token_in_rank)
+        event = self._event(run, (x, counts, topk_idx, topk_weights, handle, results))
         recv_x = recv_x if scales is None else (recv_x, recv_scales)
         return recv_x, recv_topk_idx, recv_topk_weights, list(known.counts), handle, event
 
@@ -138,31 +154,29 @@ class HighThroughputOperations:
         Returns (combined_x [T, H] bf16, combined_topk_weights [T, K] fp32 or None, event).  combined_x[t] = bf16(bias + the token's
         rows from all ranks that it went to, in rank order, in fp32).  Nothing is weighted: the caller has done that.
 
-        What comes from other ranks is staged in the heap during the operation.
+        What comes from other ranks is staged in num_nvl_bytes during the operation.  `EPBufferTooSmallError` as for `dispatch`.
         """
         connection = self._connection
         connection.require_usable()
         connection.require_one_node("combine")
         check_run(config, previous_event)
-        check_handle(handle, id(self))
+        check_handle(handle, connection.number)
         known = handle.known
-        library, shape, biases = check_combine(connection.engine, connection.size, x, handle, topk_weights, bias)
-        connection.heap.capturing = library.is_capturing()
-        rows, num_tokens, at = shape.rows, known.num_tokens, library.pointer
+        biases = biases_of(bias)
+        library, shape = self._check("combine", check_combine, (x, topk_weights, *biases), (known.num_rows, known.num_tokens))
+        check_library(handle, library)
+        num_tokens, at = known.num_tokens, library.pointer
         inputs = [aligned(library, x, "x"), 0 if topk_weights is None else at(topk_weights)]
         biases = [aligned(library, b, "bias") for b in biases]
-        self._require_room(shape, known.num_sent, num_tokens)
-        kernels = self._ready(shape, library, 8, self._sms(config))
+        plan = self._ready(library, shape, 8, 0, self._sms(config), (known.most_sent, known.most_received, known.most_sent))
         run = self._enter(library, async_finish, previous_event, fresh=True)
-        staging = Lent(connection, (rows.nbytes(known.num_sent),), "uint8", 1)
-        self._cover(run)
-        staged = {section.name: staging.address + section.offset for section in rows.sections(known.num_sent)}
+        staging, _, _, staged_weights, *_ = plan.rows.starts(known.num_sent, connection.transport.base + connection.heap.offset)
         out = library.empty((num_tokens, shape.hidden), "bfloat16")
         out_weights = library.empty((num_tokens, shape.num_topk), "float32") if shape.weighted else None
-        connection.launch(kernels["combine"], run.stream, *self._common(), *inputs, known.rank_prefix.address,
-                          known.send_rows.address, num_tokens, staged["row"], staged["topk_weights"], *biases,
-                          *[0] * (2 - len(biases)), at(out), 0 if out_weights is None else at(out_weights))
-        return out, out_weights, self._event(run, (x, handle, topk_weights, bias, staging, out, out_weights))
+        connection.launch(plan.kernels["combine"], run.stream, *self._common(), plan.fingerprint, *inputs, known.rank_prefix,
+                          known.send_rows, num_tokens, staging, staged_weights, *biases, *[0] * (2 - len(biases)), at(out),
+                          0 if out_weights is None else at(out_weights))
+        return out, out_weights, self._event(run, (x, handle, topk_weights, bias, out, out_weights))
 
     # ---- how an operation runs -------------------------------------------------------------------------------------------
 
@@ -189,33 +203,46 @@ class HighThroughputOperations:
                 self._checked[key] = checked
         return checked
 
-    def _check_uncached(self, library, shape, topk_idx, worst):
+    def _check_uncached(self, moved, topk_idx):
         """What the checks of a dispatch that exchanges counts cannot remember."""
-        if library.engine == "cpu" and topk_idx is not None:
-            check_experts(topk_idx, shape.num_experts)
-        if worst:
-            self._require_room(shape, worst, -(-worst // shape.num_ranks))
-        elif self._connection.heap.capturing:
+        if moved.library.engine == "cpu" and topk_idx is not None:
+            check_experts(topk_idx, moved.shape.num_experts)
+        if self._connection.heap.capturing and not moved.num_worst_tokens:
             raise RuntimeError("dispatch waits on the host for the number of rows, which a graph cannot do: pass num_worst_tokens "
                                "or a handle")
 
-    def _require_room(self, shape, num_rows, num_max_tokens):
-        """EPBufferTooSmallError unless so many rows have room in the heap.  num_max_tokens: for the size hint in its words."""
-        heap = self._connection.heap
-        if shape.rows.nbytes(num_rows) > heap.largest():
-            raise too_small(heap, self._num_nvl_bytes, shape, num_rows, num_max_tokens)
+    def _most(self, moved, num_tokens, known):
+        """Of a dispatch, as far as it is known by now: the rows that it stores on a rank, those that it receives, those that go
+        from a rank to others."""
+        if known is not None:
+            return known.most_received, known.most_received, known.most_sent
+        return moved.num_worst_tokens, moved.num_worst_tokens, num_tokens * (self._connection.size - 1)
 
-    def _ready(self, shape, library, index_bytes, num_sms):
-        """The kernels of a shape.  The first time, all ranks compile, and meet."""
-        connection = self._connection
-        met = shape.fingerprint in self._met
+    def _ready(self, library, shape, index_bytes, scale_item, num_sms, most):
+        """The `Plan` of a shape; EPBufferTooSmallError if it has no room for so many rows (`_most`)."""
+        key = shape, index_bytes, scale_item, num_sms
+        plan = self._ht_plans.get(key)
+        if plan is None or most[0] > plan.most_rows:
+            plan = self._ht_plans[key] = self._make_ready_plan(library, *key, most)
+        return plan
+
+    def _make_ready_plan(self, library, shape, index_bytes, scale_item, num_sms, most):
+        """The first time that a shape is used, all ranks compile, and meet."""
+        connection, fingerprint = self._connection, shape.fingerprint
+        most_rows = min(shape.rows.fit(connection.heap.operations_room), UNLIMITED)
+        self._require_room(shape, most_rows, *most)
+        met = fingerprint in self._met
         if not met and library.is_capturing():
             raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
-        kernels = self._kernels.of(shape, index_bytes, num_sms, connection.rank)
+        kernels = self._kernels.of(shape, index_bytes, scale_item, num_sms, connection.rank)
         if not met:
-            connection.meet(f"first use of {shape}", shape.fingerprint)
-            self._met[shape.fingerprint] = shape
-        return kernels
+            connection.meet(f"first use of {shape}", fingerprint)
+            self._met[fingerprint] = shape
+        return Plan(kernels, shape.rows, fingerprint, most_rows)
+
+    def _require_room(self, shape, most_rows, num_rows, received, sent):
+        if num_rows > most_rows:
+            raise too_small(self._num_nvl_bytes, shape, num_rows, received, sent)
 
     def _enter(self, library, async_finish, previous_event, fresh=False):
         """Where and when an operation runs.  fresh: it writes into memory of the library, which may be in use on the current
@@ -238,31 +265,25 @@ class HighThroughputOperations:
         if event is not None and heap.returned > event.moment:
             self._follow(run)
 
-    def _exchange(self, run, shape, kernel, per_rank, in_rank, per_expert, num_tokens, alignment, worst):
-        """Exchange counts; wait for them, unless there is room for the worst.  The layout that this rank knows then."""
-        connection, at = self._connection, run.library.pointer
-        ranks, heap = connection.size, connection.heap
-        try:
-            rank_prefix, send_rows = (Lent(connection, (n, ranks), "int32", 4) for n in (ranks, num_tokens))
-            self._cover(run)
-        except EPBufferTooSmallError:                            # all ranks are to hear of it: if there are rows, they will
-            rank_prefix, send_rows = (Made(run.library, (n, ranks), "int32") for n in (ranks, num_tokens))
+    def _exchange(self, run, plan, moved, per_rank, in_rank, per_expert, num_tokens):
+        """Exchange counts; wait for them, unless there is room for the worst.  The layout that this rank knows then; its `Words`."""
+        connection, at, worst = self._connection, run.library.pointer, moved.num_worst_tokens
+        ranks, transport = connection.size, connection.transport
+        words = Words(transport.base, connection.heap, run.library, ranks, num_tokens)
+        if words.of_library and run.previous_event is not None:
             self._follow(run)
-        answer = connection.transport.answer
-        answer[STATE] = 0
-        room = worst or min(shape.rows.fit(heap.largest()), UNLIMITED)
-        connection.launch(kernel, run.stream, *self._common(), at(per_rank), at(per_expert), at(in_rank), num_tokens, room,
-                          alignment, rank_prefix.address, send_rows.address, 0 if worst else connection.transport.answers)
-        if worst:
-            return Known(rank_prefix, send_rows, num_tokens, worst, num_tokens * (ranks - 1), [])
-        counts = self._wait_for_counts(run, shape)
-        if counts.short:
-            rank, needed, room = counts.short
-            whose = f"rank {rank} has room for {room} rows, and needs"
-            raise too_small(heap, self._num_nvl_bytes, shape, needed, max(num_tokens, -(-needed // ranks)), whose)
-        return Known(rank_prefix, send_rows, num_tokens, counts.received, counts.sent, counts.by_expert)
+        self._cover(run)
+        transport.answer[STATE] = 0
+        connection.launch(plan.kernels["notify"], run.stream, *self._common(), plan.fingerprint, at(per_rank), at(per_expert),
+                          at(in_rank), num_tokens, worst, moved.expert_alignment, *words.addresses,
+                          0 if worst else transport.answers)
+        most = num_tokens * (ranks - 1)
+        known = (worst, most, worst, most, []) if worst else self._wait_for_counts(moved.shape)
+        known = Known(*words.addresses, num_tokens, *known)
+        self._require_room(moved.shape, plan.most_rows, known.most_received, known.most_received, known.most_sent)
+        return known, words
 
-    def _wait_for_counts(self, run, shape):
+    def _wait_for_counts(self, shape):
         """What the notify kernel has written for the host, once it is there."""
         connection, answer = self._connection, self._connection.transport.answer
         deadline, polls = time.monotonic() + connection.timeout_s, 0
@@ -276,6 +297,15 @@ class HighThroughputOperations:
                     deadline = float("inf")
         return read_counts(answer, shape.num_experts // shape.num_ranks)
 
+    def _received(self, run, received):
+        """The arrays of a dispatch that was launched, by section."""
+        if received.copied and run.previous_event is not None:
+            self._follow(run)                                    # memory of the library may be in use on the current stream
+        results, copied = received.arrays(run.library, self._connection.engine, run.stream)
+        if received.copied:
+            self.copied_results, self.copied_bytes = self.copied_results + 1, self.copied_bytes + copied
+        return results
+
     def _event(self, run, keep):
         """The event behind an operation that was launched; keep: what it reads and writes."""
         streams = self._connection.streams
@@ -285,14 +315,9 @@ class HighThroughputOperations:
             event.moment = run.previous_event.moment             # it does not cover what the caller's stream has done since
         return event
 
-    def _high_throughput_error(self, record):
-        """The error that a kernel gave up with, in words."""
-        connection = self._connection
-        return error_from(record, connection.rank, self._met, connection.half_bytes, connection.size, connection.timeout_s)
-
     def _forget_high_throughput(self):
         """Let go of all kernels and memory."""
-        self._kernels, self._checked, self._met, self._counts = None, {}, {}, {}
+        self._kernels, self._checked, self._ht_plans, self._met, self._counts = None, {}, {}, {}, {}
 
 
 class Run(NamedTuple):

@@ -1,12 +1,15 @@
 """The low-latency operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
+import functools
+
 from . import arrays, layout
 from .calls import Call
-from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_shape
+from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_room, check_shape
 from .events import EventOverlap
 from .kernels.low_latency_boxes import UNORDERED
-from .low_latency import COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan
-from .results import LowLatencyDispatched, LowLatencyHandle, Results, recv_shape
+from .low_latency import COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan, widest
+from .results import LowLatencyDispatched, LowLatencyHandle, Results
 
+MOST_CALLS = 4096                       # checked calls that are kept in mind
 NO_MASKS = ("leaving ranks out of the operations (enable_shrink=True, the mask buffer) is not implemented yet; a rank that does "
             "not answer ends an operation with EPTimeoutError")
 
@@ -18,8 +21,10 @@ class LowLatencyOperations:
         self._connection = connection
         self._ready_bytes = 0                                    # of each half: holds the absence value, peers may write
         self._plans, self._shapes, self._in_flight = {}, {}, InFlight()
-        self._calls, self._results, self._combine_inputs = {}, {}, {}
-        connection.words_for.update(dict.fromkeys(WORDS_FOR, self._error_from))
+        self._calls, self._results = {}, {}
+        words = functools.partial(error_from, rank=connection.rank, shapes=self._shapes, half_bytes=connection.half_bytes,
+                                  timeout_s=connection.timeout_s)
+        connection.words_for.update(dict.fromkeys(WORDS_FOR, words))
 
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True,
@@ -51,7 +56,7 @@ class LowLatencyOperations:
             its tokens.  handle = (src_info [R, M], layout_range [R], M, H, E).  With the attributes recv_topk_idx [R, M, K]
             int64 (local experts, -1 elsewhere) and, given topk_weights, recv_topk_weights [R, M, K] fp32.
         FP8: scales are fp32 [.., H/128] or, with use_ue8m0, int32 [.., H/512], each column contiguous.
-        The results live until the second next dispatch of this shape and mode.
+        The results live until the second next dispatch of this mode (all of the above but T and M), whatever its M.
         """
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
@@ -62,14 +67,16 @@ class LowLatencyOperations:
         shape, library = call.shape, call.library
         if library.engine == "cpu":
             check_experts(topk_idx, shape.num_experts)
-        (received, addresses), at, num_tokens = call.results.next(), call.at, x.shape[0]
+            check_room(topk_idx, shape, self._connection.rank)
+        self._make(call, "dispatch")
+        (received, addresses), at, num_tokens = call.results.next(shape), call.at, x.shape[0]
         if out is not None:
             received, addresses = received._replace(recv_x=out), addresses._replace(recv_x=call.aligned(out, "out"))
         args = call.aligned(x, "x"), at(topk_idx), at(topk_weights), num_tokens, at(stats), at(waits), *addresses
         event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
                                 async_finish, previous_event)
         call.results.dispatches += 1                             # only now: a call that was refused is no dispatch
-        handle = LowLatencyHandle(id(self), call.results.dispatches, received, addresses, shape, num_tokens)
+        handle = LowLatencyHandle(self._connection.number, call.results.dispatches, received, addresses, shape, num_tokens)
         recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
         dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
         if shape.rank_major:
@@ -104,16 +111,17 @@ class LowLatencyOperations:
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
-        check_handle(handle, id(self))
+        check_handle(handle, self._connection.number)
         shape, num_tokens, known, waits = handle.shape, handle.num_tokens, handle.addresses, combine_wait_recv_cost_stats
         if shape.reduced:
             topk_idx = topk_weights = None
         call = self._prepared("combine", check_combine, (x, topk_idx, topk_weights, waits, out, handle[0]), (shape, num_tokens))
+        self._make(call, "combine")
         if call.results.dispatches > handle.number + 1:
-            raise ValueError("handle is of a dispatch whose results were overwritten: two more of that shape came after it")
+            raise ValueError("handle is of a dispatch whose results were overwritten: two more of that mode came after it")
         library = call.library
         if zero_copy:
-            x = self._combine_inputs.get((library, shape))
+            x = call.results.combine_input(shape, make=False)
             if x is None:
                 raise ValueError("zero_copy=True sends the array of get_next_low_latency_combine_buffer, which was not called")
         x_at = call.aligned(x, "x")
@@ -133,28 +141,21 @@ class LowLatencyOperations:
     def get_next_low_latency_combine_buffer(self, handle):
         """An [L, R*M, H] bf16 array (rank-major: [R, M, H]) for the experts' output, from which combine sends with zero_copy=True.
 
-        Combine reads any array in place; this one saves the caller an allocation.  There is one for each shape: after a combine
+        Combine reads any array in place; this one saves the caller an allocation.  There is one for each mode: after a combine
         with async_finish, write into it once the event was waited for.  In the rank-major layout the output may also overwrite
         recv_x.
         """
         self._connection.require_usable()
-        check_handle(handle, id(self))
-        library, shape = arrays.library_of(handle[0], "handle"), handle.shape
-        array = self._combine_inputs.get((library, shape))
-        if array is None:
-            if library.is_capturing():
-                raise RuntimeError("the first get_next_low_latency_combine_buffer of a shape makes memory that outlives a graph: call "
-                                   "it once before capturing")
-            with library.lasting():
-                array = library.empty((*recv_shape(shape), shape.hidden), "bfloat16")
-        self._combine_inputs[library, shape] = array = library.without_history(array)
-        return array
+        check_handle(handle, self._connection.number)
+        return self._results_of(arrays.library_of(handle[0], "handle"), handle.shape).combine_input(handle.shape)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Make the buffer ready for a shape: it always is, since readers clean behind themselves.  Checks that the shape fits."""
         self._connection.require_usable()
-        check_shape(num_max_dispatch_tokens_per_rank, hidden, self._connection.size, num_experts, 1)
-        self._check_fits(layout.LowLatency(self._connection.size, num_max_dispatch_tokens_per_rank, hidden, num_experts, 1))
+        sizes = num_max_dispatch_tokens_per_rank, hidden, self._connection.size, num_experts
+        check_shape(*sizes, 1)
+        max_tokens, hidden, num_ranks, num_experts = map(int, sizes)
+        self._check_fits(layout.LowLatency(num_ranks, max_tokens, hidden, num_experts, 1))
 
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
         """Leave a rank out of the operations (mask=True), or take it in again: needs enable_shrink=True, which is not there yet."""
@@ -170,27 +171,6 @@ class LowLatencyOperations:
 
     # ---- how an operation runs -------------------------------------------------------------------------------------------
 
-    def _plan(self, shape, index_bytes, library):
-        """The kernels of a shape.  The first time, all ranks compile, make ready the memory it uses, and meet."""
-        connection = self._connection
-        plan = self._plans.get((shape, index_bytes))
-        if plan is None:
-            self._check_fits(shape)
-        new_results = (library, shape) not in self._results
-        if (plan is None or new_results) and library.is_capturing():
-            raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
-        if new_results:
-            self._results[library, shape] = Results(library, shape, self._ports())
-            connection.engine.synchronize()                      # their memory may be in use on a stream that is not waited for
-        if plan is None:
-            known = shape in {s for s, _ in self._plans}         # with the other integer type: only this rank may need it
-            plan = make_plan(connection.engine, shape, index_bytes, connection.rank, self._ports())
-            self._make_ready(shape.half_bytes)
-            if not known:
-                connection.meet(f"first use of {shape}", fingerprint(shape))
-            self._plans[shape, index_bytes] = plan
-        return plan
-
     def _prepared(self, operation, check, given, options):
         """The checked call for arguments like these: `given` are arrays or None, of which only the addresses and values may differ
         between calls that share one, `options` all else that matters."""
@@ -200,26 +180,70 @@ class LowLatencyOperations:
         except TypeError:                                        # an argument that cannot be hashed: the checks say which
             call = key = None
         if call is None:
-            library, shape, index_bytes = check(self._connection.engine, self._connection.size, *given, *options)
-            plan = self._plan(shape, index_bytes, library)
-            call = Call(shape, library, getattr(plan, operation), self._results[library, shape])
+            call = Call(*check(self._connection.engine, self._connection.size, *given, *options))
             if key is not None:
+                if len(self._calls) >= MOST_CALLS:               # of ever other numbers of tokens
+                    self._calls.clear()
                 self._calls[key] = call
         return call
+
+    def _make(self, call, operation):
+        """See to it that all is there that a call needs: kernels, memory that peers may write, results.  The first time it is more
+        than a look, and all ranks meet."""
+        if call.kernels is None:
+            plan, results = self._plan(call), self._results_of(call.library, call.shape)
+            call.kernels, call.results = getattr(plan, operation), results
+        if not call.results.has_room(call.shape):
+            self._refuse_capture(call, "needs memory for its results")
+            call.results.grow(call.shape)
+            self._connection.engine.synchronize()                # that memory may be in use on a stream that is not waited for
+
+    def _plan(self, call):
+        """The kernels of a call's shape.  The first time, and whenever M is larger than before, all ranks make ready the memory it
+        uses, and meet."""
+        connection, shape = self._connection, call.shape
+        compiled = widest(connection.engine, shape)
+        plan = self._plans.get((compiled, call.index_bytes))
+        known = compiled in {s for s, _ in self._plans}          # else with the other integer type: only this rank may need it
+        if plan is None or shape.half_bytes > self._ready_bytes:
+            self._check_fits(shape)
+            self._refuse_capture(call, "compiles kernels, or needs more of the buffer than any before")
+        if plan is None:
+            plan = make_plan(connection.engine, shape, call.index_bytes, connection.rank, self._ports())
+        if not known or shape.half_bytes > self._ready_bytes:
+            self._make_ready(shape.half_bytes)
+            connection.meet(f"first use of {shape}", fingerprint(shape) + shape.max_tokens)
+        self._plans[compiled, call.index_bytes] = plan
+        return plan
+
+    def _results_of(self, library, shape):
+        """What dispatches of a mode are received into, whatever M is."""
+        key = library, shape._replace(max_tokens=0)
+        if key not in self._results:
+            self._results[key] = Results(library, self._ports())
+        return self._results[key]
+
+    @staticmethod
+    def _refuse_capture(call, what):
+        """RuntimeError if the call is to be captured into a graph."""
+        if call.library.is_capturing():
+            raise RuntimeError(f"this operation {what}: run it once before capturing a graph, or call Buffer.warm_up, with "
+                               f"num_max_dispatch_tokens_per_rank={call.shape.max_tokens}")
 
     def _run(self, operation, call, args, keep, return_recv_hook, async_finish, previous_event):
         """Launch an operation, or its send half: (its event, what launches the receive half or None)."""
         connection, library, receive = self._connection, call.library, None
+        call.results.note_capture()
         current = library.stream()
         stream = connection.streams.enter(current, async_finish, previous_event)
         if not return_recv_hook and "both" in call.kernels:
             lag = self._in_flight.send_and_receive()
             self._shapes[operation] = call.shape                 # only now: an operation that was refused leaves no error
-            self._launch(call.kernels["both"], stream, lag, args)
+            self._launch(call, "both", stream, lag, args)
         else:
             number, lag = self._in_flight.send()
             self._shapes[operation] = call.shape
-            self._launch(call.kernels["send"], stream, lag, args)
+            self._launch(call, "send", stream, lag, args)
             receive = ReceiveHook(self, call, number, args, keep)
             if not return_recv_hook:
                 receive(stream)
@@ -229,10 +253,10 @@ class LowLatencyOperations:
             event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
         return event, receive if return_recv_hook else None
 
-    def _launch(self, kernel, stream, lag, args):
+    def _launch(self, call, phase, stream, lag, args):
         connection = self._connection
-        connection.launch(kernel, stream, connection.transport.base, connection.rank, connection.half_bytes, connection.timeout_ns,
-                          lag, *args)
+        connection.launch(call.kernels[phase], stream, connection.transport.base, connection.rank, connection.half_bytes,
+                          connection.timeout_ns, lag, call.shape.max_tokens, *args)
 
     def _ports(self):
         """0 if all ranks map each other's memory, else what PORTS is in the kernels."""
@@ -252,14 +276,9 @@ class LowLatencyOperations:
                 connection.transport.fill(start + self._ready_bytes, nbytes - self._ready_bytes, 0xFF)
             self._ready_bytes = nbytes
 
-    def _error_from(self, record):
-        """The error that a wait gave up with, in words."""
-        connection = self._connection
-        return error_from(record, connection.rank, self._shapes, connection.half_bytes, connection.timeout_s)
-
     def _forget(self):
         """Let go of all arrays and kernels."""
-        self._calls, self._plans, self._results, self._combine_inputs = {}, {}, {}, {}
+        self._calls, self._plans, self._results = {}, {}, {}
 
 
 class ReceiveHook:
@@ -276,4 +295,4 @@ class ReceiveHook:
             connection.require_usable()
             stream = connection.streams.enter(self._call.library.stream())
         lag = operations._in_flight.receive(self._number)
-        operations._launch(self._call.kernels["receive"], stream, lag, self._args)
+        operations._launch(self._call, "receive", stream, lag, self._args)

@@ -1,17 +1,18 @@
 """What is left of an operation's arguments once they were checked."""
-from typing import NamedTuple
-
-from . import arrays, layout
-from .results import Results
 
 
-class Call(NamedTuple):
-    """An operation whose arguments were checked: what it needs besides their addresses."""
+class Call:
+    """An operation whose arguments were checked: what it needs besides their addresses.
 
-    shape: layout.LowLatency
-    library: arrays.Library
-    kernels: dict                       # by phase
-    results: Results
+    kernels (by phase) and results are set when it is about to run for the first time, see `LowLatencyOperations._make`.
+    """
+
+    __slots__ = "shape", "library", "index_bytes", "kernels", "results"
+
+    def __init__(self, library, shape, index_bytes):
+        """shape: a `layout.LowLatency`.  index_bytes: of an entry of topk_idx."""
+        self.library, self.shape, self.index_bytes = library, shape, index_bytes
+        self.kernels = self.results = None
 
     def at(self, array):
         """The address of an array; 0 for None."""

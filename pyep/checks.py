@@ -4,16 +4,13 @@ import numbers
 import numpy as np
 
 from . import arrays, layout
+from .errors import EPRoutingError
 from .events import EventOverlap
 from .results import LowLatencyHandle, recv_shape
 
 
-def check_construction(group, comm, num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s):
-    """The arguments of `Buffer`."""
-    if (group is None) == (comm is None):
-        raise ValueError("pass either group= (torch.distributed) or comm= (mpi4py), and not both")
-    if comm is not None and not hasattr(comm, "Idup"):
-        raise TypeError(f"comm is {comm!r}; expected an mpi4py communicator")
+def check_construction(num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, enable_shrink, timeout_s):
+    """The arguments of `Buffer`, but for group and comm, see `pyep.channels.boards`."""
     if enable_shrink:
         raise NotImplementedError(f"enable_shrink={enable_shrink!r} is not implemented yet; pass enable_shrink=False")
     for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
@@ -33,6 +30,8 @@ def check_shape(max_tokens, hidden, num_ranks, num_experts, num_topk, num_tokens
             raise TypeError(f"{name} is {value!r}; expected an int")
         if name in ("num_max_dispatch_tokens_per_rank", "num_ranks") and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+    if max_tokens > layout.MAX_TOKENS:
+        raise ValueError(f"num_max_dispatch_tokens_per_rank is {max_tokens}; expected at most {layout.MAX_TOKENS}")
     if num_tokens > max_tokens:
         raise ValueError(f"x has {num_tokens} tokens, more than num_max_dispatch_tokens_per_rank = {max_tokens}")
     if hidden < 8 or hidden % 8:
@@ -126,6 +125,17 @@ def check_experts(topk_idx, num_experts):
     indices = arrays.as_numpy(topk_idx)
     if indices.size and not (-1 <= indices.min() and indices.max() < num_experts):
         raise ValueError(f"topk_idx has values from {indices.min()} to {indices.max()}; expected -1 to {num_experts - 1}")
+
+
+def check_room(topk_idx, shape, rank):
+    """More rows for an expert than it has room for, of a low-latency dispatch.  Likewise only on the CPU."""
+    indices = arrays.as_numpy(topk_idx)
+    if indices.size > shape.max_tokens and not shape.rank_major:
+        rows = np.bincount(indices[indices >= 0], minlength=1)
+        if rows.max() > shape.max_tokens:
+            raise EPRoutingError(
+                f"topk_idx of rank {rank} selects expert {rows.argmax()} {rows.max()} times; a rank may send an expert "
+                f"num_max_dispatch_tokens_per_rank = {shape.max_tokens} rows: some tokens name an expert more than once")
 
 
 def check_handle(handle, owner):

@@ -1,11 +1,16 @@
-"""Arguments that no high-throughput operation can serve, as in `pyep.checks`."""
+"""Arguments that no high-throughput operation can serve, as in `pyep.checks`; and what those that can be served move."""
 import numbers
+from typing import NamedTuple
 
 from . import arrays, layout
 from .checks import check_async, index_bytes_of, library_on
 from .config import Config
-from .high_throughput import COMBINE, DISPATCH, HighThroughputHandle, Shape
+from .high_throughput import Shape
+from .high_throughput_errors import COMBINE, DISPATCH
+from .high_throughput_results import HighThroughputHandle, Kind
+from .kernels.intranode import ROW, SCALES, SOURCE, TOPK_IDX, TOPK_WEIGHTS
 
+SCALE_TYPES = "float32", "int32", "uint32", "uint8", "int8", "float8_e8m0fnu", "float8_e4m3fn", "bfloat16", "float16"
 LAYOUT = "num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"
 
 
@@ -18,18 +23,22 @@ def check_run(config, previous_event):
 
 
 def check_count(name, value, least):
+    """The value as an int."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected an int")
     if not least <= value < 2**31:
         raise ValueError(f"{name} is {value}; expected at least {least}")
+    return int(value)
 
 
 def check_num_experts(num_experts, num_ranks):
-    check_count("num_experts", num_experts, -2**31)
+    """The number as an int."""
+    num_experts = check_count("num_experts", num_experts, -2**31)
     if num_experts < 1 or num_experts % num_ranks:
         raise ValueError(f"num_experts is {num_experts}; expected a multiple of the {num_ranks} ranks")
     if num_experts // num_ranks > layout.MAX_LOCAL_EXPERTS:
         raise ValueError(f"num_experts is {num_experts}; expected at most {layout.MAX_LOCAL_EXPERTS} a rank")
+    return num_experts
 
 
 def check_hidden(hidden):
@@ -46,46 +55,127 @@ def check_topk_idx(topk_idx, library, num_tokens):
 
 
 def check_layout(engine, num_ranks, topk_idx, num_experts):
-    """The arguments of `get_dispatch_layout` but for values and addresses: (library, T, K, bytes of an entry of topk_idx)."""
+    """The arguments of `get_dispatch_layout` but for values and addresses: (library, T, K, bytes of an entry of topk_idx, E)."""
     library = library_on(engine, topk_idx, "topk_idx")
     num_topk = check_topk_idx(topk_idx, library, "T")
-    check_num_experts(num_experts, num_ranks)
-    return library, topk_idx.shape[0], num_topk, index_bytes_of(library, topk_idx)
+    num_experts = check_num_experts(num_experts, num_ranks)
+    return library, topk_idx.shape[0], num_topk, index_bytes_of(library, topk_idx), num_experts
+
+
+# ---- rows and their scales -------------------------------------------------------------------------------------------
+
+class Moved(NamedTuple):
+    """What a dispatch moves, and how it lies in memory, strides in bytes."""
+
+    library: arrays.Library
+    shape: Shape
+    kinds: tuple                        # of results, `Kind`s
+    index_bytes: int = 8                # of an entry of topk_idx
+    num_worst_tokens: int = 0
+    expert_alignment: int = 1
+    x_stride: int = 0                   # from one row to the next
+    scales_stride: int = 0              # from one row's scales to the next's
+    scale_stride: int = 0               # from one of them to the next
+    scale_item: int = 4                 # bytes of one of them
+    in_words: bool = False              # whether words of 4 bytes can be moved instead, if they begin at a multiple of 4
+
+    def scales_from(self, address):
+        """(bytes of an item, stride of rows, stride of items) by which scales at an address are moved."""
+        if self.in_words and address % 4 == 0:
+            return 4, self.scales_stride, 4
+        return self.scale_item, self.scales_stride, self.scale_stride
 
 
 def values_and_scales(x):
-    """The tokens of a dispatch, an array of bf16 or a pair: (values, scales or None)."""
+    """The tokens of a dispatch, an array or a pair: (values, scales or None)."""
     if not isinstance(x, tuple):
         return x, None
     if len(x) != 2 or x[1] is None:
-        raise TypeError(f"x is a tuple of {len(x)}; expected a [T, H] array of bfloat16 or the pair (values, scales) of FP8")
+        raise TypeError(f"x is a tuple of {len(x)}; expected a [T, H] array or the pair (values, scales)")
     return x
 
 
-def check_x(engine, values, scales):
-    """[T, H] bf16, or e4m3 with scales [T, H/128]: the library."""
-    if scales is None:
-        library = library_on(engine, values, "x")
-        arrays.check(values, "x", library, ("bfloat16",), ("T", "H"))
-        check_hidden(values.shape[1])
-        return library
-    library = library_on(engine, values, "x[0], the values,")
-    dtypes = ("float8_e4m3fn", "uint8") if library.name == "cupy" else ("float8_e4m3fn",)       # CuPy has no FP8
-    arrays.check(values, "x[0], the values,", library, dtypes, ("T", "H"))
-    num_tokens, hidden = values.shape
-    if hidden < 1 or hidden % layout.FP8_BLOCK:
-        raise ValueError(f"hidden is {hidden}; expected a multiple of {layout.FP8_BLOCK} for FP8")
-    arrays.check(scales, "x[1], the scales,", library, ("float32",), (num_tokens, hidden // layout.FP8_BLOCK))
-    return library
+def strides(array):
+    """What of an array but for its address says where its elements lie, in the library's units; to compare."""
+    stride = getattr(array, "stride", None)
+    if stride is None:
+        return getattr(array, "strides", None)
+    try:
+        return stride()
+    except Exception:                                            # a tensor without memory has none: the checks say so
+        return None
 
+
+def byte_strides(array):
+    """Strides in bytes."""
+    return tuple(array.dtype.itemsize * n for n in array.stride()) if hasattr(array, "stride") else array.strides
+
+
+def check_values(engine, values, argument, alone):
+    """[T, H] bf16 or of any type of one byte, each row in one piece: (library, bytes from one row to the next).  alone: whether no
+    scales belong to them; bf16 has none."""
+    library = library_on(engine, values, argument)
+    name = library.dtype(values)
+    if not (name == "bfloat16" and alone or values.dtype.itemsize == 1 and name != "bool"):
+        raise TypeError(f"{argument} has dtype {name}; expected {'bfloat16 or ' if alone else ''}a type of one byte, for instance "
+                        "float8_e4m3fn or uint8")
+    if len(values.shape) != 2:
+        raise ValueError(f"{argument} has shape {list(values.shape)}; expected [T, H]")
+    num_tokens, hidden = values.shape
+    if name == "bfloat16":
+        check_hidden(hidden)
+    elif hidden < 16 or hidden % 16:
+        raise ValueError(f"hidden is {hidden}; expected a multiple of 16 for rows of {name} (rows of whole 16-byte vectors)")
+    row, (stride, step) = hidden * values.dtype.itemsize, byte_strides(values)
+    if num_tokens > 0 and step != values.dtype.itemsize:
+        raise ValueError(f"{argument} is not contiguous within a row; pass a contiguous copy of it")
+    if num_tokens > 1 and stride % 16:
+        raise ValueError(f"{argument} has rows {stride} bytes apart; expected a multiple of 16: pass a contiguous copy of it")
+    return library, stride if num_tokens > 1 else row
+
+
+def check_x(engine, values, scales):
+    """x: (library, fields of `Shape`, `Kind`s, fields of `Moved`)."""
+    argument = "x" if scales is None else "x[0], the values,"
+    library, x_stride = check_values(engine, values, argument, scales is None)
+    num_tokens, hidden = values.shape
+    shape = dict(hidden=hidden, dtype=library.dtype(values))
+    kinds, moved = (Kind(ROW, hidden * values.dtype.itemsize, values.dtype),), dict(x_stride=x_stride)
+    if scales is None:
+        return library, shape, kinds, moved
+    arrays.library_of(scales, "x[1], the scales,")               # for its error
+    if len(scales.shape) not in (1, 2) or scales.shape[0] != num_tokens or 0 in scales.shape[1:]:
+        raise ValueError(f"x[1], the scales, has shape {list(scales.shape)}; expected [{num_tokens}, S] or [{num_tokens}]")
+    check_strided(scales, "x[1], the scales,", library, SCALE_TYPES)
+    item, (scales_stride, *steps) = scales.dtype.itemsize, byte_strides(scales)
+    num_scales, step = (scales.shape[1], steps[0]) if steps else (1, item)
+    scale_bytes = item * num_scales
+    shape |= dict(scale_bytes=scale_bytes, scale_dtype=library.dtype(scales))
+    kinds += Kind(SCALES, scale_bytes, scales.dtype, by_rows=bool(steps)),
+    in_words = (num_scales == 1 or step == item) and scale_bytes % 4 == 0 and scales_stride % 4 == 0
+    moved |= dict(scales_stride=scales_stride, scale_stride=step, scale_item=item, in_words=in_words)
+    return library, shape, kinds, moved
+
+
+def check_strided(array, argument, library, dtypes):
+    """TypeError unless `array`, which may lie in any strides, is of `library` and one of `dtypes`."""
+    other = arrays.library_of(array, argument)
+    if other is not library:
+        raise TypeError(f"{argument} is a {other.name} array in {other.engine} memory; the others are {library.name} "
+                        f"arrays in {library.engine} memory")
+    if library.dtype(array) not in dtypes:
+        raise TypeError(f"{argument} has dtype {library.dtype(array)}; expected {' or '.join(dtypes)}")
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
 
 def check_dispatch(engine, num_ranks, values, scales, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
-                   topk_weights, expert_alignment, num_worst_tokens):
-    """The arguments of a dispatch without a handle, but for values and addresses: (library, `Shape`, bytes of topk_idx's items)."""
-    library = check_x(engine, values, scales)
-    num_tokens, hidden = values.shape
-    check_count("expert_alignment", expert_alignment, 1)
-    check_count("num_worst_tokens", num_worst_tokens, 0)
+                   topk_weights, expert_alignment, num_worst_tokens, *_strides):
+    """The arguments of a dispatch without a handle, but for values and addresses: `Moved`."""
+    library, shape, kinds, moved = check_x(engine, values, scales)
+    num_tokens = values.shape[0]
+    expert_alignment = check_count("expert_alignment", expert_alignment, 1)
+    num_worst_tokens = check_count("num_worst_tokens", num_worst_tokens, 0)
     for name, array in zip(LAYOUT, (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)):
         if array is None:
             raise ValueError(f"{name} is None; expected what get_dispatch_layout returned, or a handle")
@@ -96,60 +186,74 @@ def check_dispatch(engine, num_ranks, values, scales, num_tokens_per_rank, is_to
     if num_experts < 1 or num_experts % num_ranks or num_experts // num_ranks > layout.MAX_LOCAL_EXPERTS:
         raise ValueError(f"num_tokens_per_expert has shape [{num_experts}]; expected a multiple of the {num_ranks} ranks, and at "
                          f"most {layout.MAX_LOCAL_EXPERTS} experts a rank")
+    kinds += Kind(SOURCE, 4, library.dtype_of("int32"), by_rows=False),
     num_topk, index_bytes = 0, 8
     if topk_idx is not None:
         num_topk, index_bytes = check_topk_idx(topk_idx, library, num_tokens), index_bytes_of(library, topk_idx)
+        kinds += Kind(TOPK_IDX, 8 * num_topk, library.dtype_of("int64")),
     if topk_weights is not None:
         if topk_idx is None:
             raise ValueError("topk_weights are given, but topk_idx is None; expected both: weights belong to selections")
         arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, num_topk))
-    shape = Shape(DISPATCH, num_ranks, hidden, scales is not None, num_topk, topk_weights is not None, num_experts,
-                  "worst" if num_worst_tokens else "exchanged")
-    return library, shape, index_bytes
+        kinds += Kind(TOPK_WEIGHTS, 4 * num_topk, library.dtype_of("float32")),
+    shape = Shape(DISPATCH, num_ranks, **shape, num_topk=num_topk, weighted=topk_weights is not None, num_experts=num_experts,
+                  counts="worst" if num_worst_tokens else "exchanged")
+    return Moved(library, shape, kinds, index_bytes, num_worst_tokens, expert_alignment, **moved)
 
 
-def check_cached(engine, num_ranks, values, scales, handle, given):
-    """The arguments of a dispatch with a handle, likewise.  given: by name, what must be None (or 0)."""
+def check_none(given):
+    """ValueError unless all that a handle stands for is None (or 0); given: by name."""
     for name, value in given.items():
         if value is not None and not (name == "num_worst_tokens" and value == 0):
             raise ValueError(f"{name} is given together with handle; expected None: the handle has the layout, and only x moves")
-    library = check_x(engine, values, scales)
-    check_library(handle, library)
-    num_tokens, hidden = values.shape
-    if num_tokens != handle.known.num_tokens:
-        raise ValueError(f"x has {num_tokens} tokens; expected the {handle.known.num_tokens} that handle is for")
-    return library, Shape(DISPATCH, num_ranks, hidden, scales is not None, counts="cached"), 8
 
 
-def check_combine(engine, num_ranks, x, handle, topk_weights, bias):
-    """The arguments of a combine, likewise; also bias as a tuple of arrays."""
+def check_cached(engine, num_ranks, values, scales, *_strides):
+    """x of a dispatch with a handle, likewise."""
+    library, shape, kinds, moved = check_x(engine, values, scales)
+    return Moved(library, Shape(DISPATCH, num_ranks, **shape, counts="cached"), kinds, **moved)
+
+
+def check_fits_handle(moved, values, handle):
+    """Tokens that a handle is not for."""
+    check_library(handle, moved.library)
+    if values.shape[0] != handle.known.num_tokens:
+        raise ValueError(f"x has {values.shape[0]} tokens; expected the {handle.known.num_tokens} that handle is for")
+
+
+def biases_of(bias):
+    """bias as a tuple of arrays."""
+    biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
+    if len(biases) > 2:
+        raise ValueError(f"bias has {len(biases)} arrays; expected at most 2")
+    return biases
+
+
+def check_combine(engine, num_ranks, x, topk_weights, *rest):
+    """The arguments of a combine, likewise: (library, `Shape`).  rest: the biases, then N and T of the handle."""
+    *biases, num_rows, num_tokens = rest
     library = library_on(engine, x, "x")
-    check_library(handle, library)
-    arrays.check(x, "x", library, ("bfloat16",), (handle.known.num_rows, "H"))
+    arrays.check(x, "x", library, ("bfloat16",), (num_rows, "H"))
     hidden = x.shape[1]
     check_hidden(hidden)
     num_topk = 0
     if topk_weights is not None:
-        arrays.check(topk_weights, "topk_weights", library, ("float32",), (handle.known.num_rows, "K"))
+        arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_rows, "K"))
         num_topk = topk_weights.shape[1]
         if num_topk < 1:
             raise ValueError("topk_weights has 0 weights a row; expected at least 1")
-    biases = () if bias is None else tuple(bias) if isinstance(bias, (tuple, list)) else (bias,)
-    if len(biases) > 2:
-        raise ValueError(f"bias has {len(biases)} arrays; expected at most 2")
     for i, array in enumerate(biases):
-        arrays.check(array, f"bias[{i}]" if isinstance(bias, (tuple, list)) else "bias", library, ("bfloat16",),
-                     (handle.known.num_tokens, hidden))
-    return library, Shape(COMBINE, num_ranks, hidden, False, num_topk, num_topk > 0), biases
+        arrays.check(array, f"bias[{i}]" if len(biases) > 1 else "bias", library, ("bfloat16",), (num_tokens, hidden))
+    return library, Shape(COMBINE, num_ranks, hidden, num_topk=num_topk, weighted=num_topk > 0)
 
 
 def check_high_throughput_shape(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results):
-    """The arguments of the size hint."""
-    for name, value, least in (("num_max_tokens", num_max_tokens, 0), ("hidden", hidden, 0), ("num_ranks", num_ranks, 1),
-                               ("num_topk", num_topk, 0), ("hidden_bytes", 1 if hidden_bytes is None else hidden_bytes, 1),
-                               ("num_results", num_results, 1)):
-        check_count(name, value, least)
-    check_hidden(hidden)
+    """The arguments of the size hint, as ints."""
+    given = [check_count(name, value, least) for name, value, least in (
+        ("num_max_tokens", num_max_tokens, 0), ("hidden", hidden, 0), ("num_ranks", num_ranks, 1), ("num_topk", num_topk, 0),
+        ("hidden_bytes", 2 * hidden if hidden_bytes is None else hidden_bytes, 1), ("num_results", num_results, 1))]
+    check_hidden(given[1])
+    return given
 
 
 def check_handle(handle, owner):
@@ -163,6 +267,5 @@ def check_handle(handle, owner):
 
 def check_library(handle, library):
     """TypeError unless a handle's arrays are of this library."""
-    other = arrays.library_of(handle[0], "handle")
-    if other is not library:
-        raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of {other.name} arrays")
+    if handle.library is not library:
+        raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of {handle.library.name} arrays")

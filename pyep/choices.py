@@ -20,7 +20,7 @@ def choose_device():
             return "cuda"
     except ImportError as error:
         if device == "cuda":
-            raise EPTransportError(f"PYEP_DEVICE=cuda needs the CUDA packages: pip install 'pyep[cuda]' ({error})") from error
+            raise EPTransportError(f"PYEP_DEVICE=cuda needs the CUDA packages ({error}): {install('cuda')}") from error
     if device == "cuda":
         raise EPTransportError("PYEP_DEVICE=cuda, but the driver shows no GPU; see `nvidia-smi` and CUDA_VISIBLE_DEVICES")
     return "cpu"
@@ -58,6 +58,12 @@ def choose_transport(name, device, num_nodes=1):
         return IpcTransport
     from .channels.mscclpp import MscclppTransport
     return MscclppTransport
+
+
+def install(extra=""):
+    """The command that installs pyep, with what an extra of it has: in a checkout, since it is in no package registry."""
+    target = f"'.[{extra}]'" if extra else "."
+    return f"pip install --editable {target}  # in a checkout of pyep"
 
 
 def quoted(name):

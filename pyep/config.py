@@ -5,6 +5,7 @@ import numbers
 from . import layout
 
 MOST_TOPK = 16                          # for size hints that are not told: more than models select
+LEAST_TOKENS = 4096                     # likewise: as many as DeepEP's own programs have on a rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,17 @@ class Config:
                 raise TypeError(f"{field.name} is {value!r}; expected an int")
             if value < least:
                 raise ValueError(f"{field.name} is {value}; expected at least {least}")
+            object.__setattr__(self, field.name, int(value))     # a NumPy integer too
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
         """Bytes of num_nvl_bytes for high-throughput operations of up to num_sms / 2 * num_max_nvl_chunked_recv_tokens tokens on
-        each rank, as many as DeepEP's rings for this Config have room for.  For more: `Buffer.get_high_throughput_size_hint`.
+        each rank, as many as DeepEP's rings for this Config have room for, but for 4096 at least.  For more:
+        `Buffer.get_high_throughput_size_hint`.
 
         hidden_bytes: of a row of bf16.
         """
-        tokens = max(1, self.num_sms // 2) * self.num_max_nvl_chunked_recv_tokens
+        hidden_bytes, num_ranks = int(hidden_bytes), int(num_ranks)
+        tokens = max(LEAST_TOKENS, self.num_sms // 2 * self.num_max_nvl_chunked_recv_tokens)
         return layout.high_throughput_size_hint(tokens, hidden_bytes // 2, num_ranks, MOST_TOPK, hidden_bytes)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes, num_ranks):

@@ -1,21 +1,31 @@
 """What the ranks of a `Buffer` share: symmetric memory that all of them write, how they meet on the host, and the first error."""
+import copy
+import itertools
+import warnings
+import weakref
+
 import numpy as np
 
 from . import layout
+from .channels import parting
+from .channels.bootstrap import Bootstrap, failure_of, telling_failure
 from .channels.memory import RECORD
 from .channels.nodes import find_nodes
-from .channels.transport import MpiBootstrap, TorchBootstrap
+from .channels.parting import Parting
+from .channels.transport import require_same_settings
 from .choices import choose_device, choose_engine, choose_transport
 from .errors import EPClosedError, EPError, EPTimeoutError
 from .heap import Heap
 from .streams import Streams
 
 COMPILE_ALLOWANCE_S = 60.0              # a peer that compiles is not late
+_numbers = itertools.count(1)
 
 
 class Connection:
-    """All ranks of a group, connected.  Collective; the arguments are `Buffer`'s.
+    """All ranks of a group, connected.  Collective; board: `pyep.channels.boards.open_board`'s, the other arguments are `Buffer`'s.
 
+    number           by which handles know whose they are: no other connection of this process ever has it
     rank, size       this rank, and how many there are
     nodes            which ranks map each other's memory, see `pyep.channels.nodes.Nodes`
     engine, streams  what runs kernels, and in which order
@@ -23,39 +33,61 @@ class Connection:
     nbytes, half_bytes: of control words and halves, see `pyep.layout`; of each of the halves
     heap             num_nvl_bytes of the symmetric memory
     boxes            offset of the rest of it, which is for what travels between nodes; none if there is one node
-    words_for        by the number of a wait (the word "wait" of a status record): a function that makes an error of the record
+    words_for        by the number of a wait (the word "wait" of a status record): a function that makes an error of the record.
+                     It must not refer to the `Buffer`, which would live as long as this then
     error            what has made the connection unusable, or None
     """
 
-    def __init__(self, group, comm, num_rdma_bytes, num_nvl_bytes, transport, timeout_s, num_qps_per_rank=1):
-        self.transport = self.error = None
-        device = choose_device()
-        choose_transport(transport, device)                      # for its errors, before anybody waits
+    def __init__(self, board, num_rdma_bytes, num_nvl_bytes, transport, timeout_s, num_qps_per_rank=1):
+        self.transport = self._error = None
+        self.number, timeout_s = next(_numbers), float(timeout_s)
         self.timeout_s, self.timeout_ns, self.words_for = timeout_s, int(timeout_s * 1e9), {}
-        self._bootstrap = MpiBootstrap(comm, timeout_s) if comm is not None else TorchBootstrap(group)
+        parting.tidy()
+        with telling_failure(board):
+            device = choose_device()
+            choose_transport(transport, device)                  # for its errors, before anybody waits
+        self._bootstrap = Bootstrap(board, timeout_s)
         self.rank, self.size = self._bootstrap.rank, self._bootstrap.size
-        self._require_same("num_rdma_bytes", num_rdma_bytes)
-        self._require_same("num_nvl_bytes", num_nvl_bytes)
-        self.nodes = find_nodes(self._bootstrap, timeout_s)
-        self.engine = choose_engine(device, self._bootstrap, timeout_s)
-        self.streams = Streams(self.engine)
-        self.nbytes = max(num_rdma_bytes, layout.control_bytes(self.size))
-        self.half_bytes = layout.half_capacity(self.nbytes, self.size)
-        heap = layout.heap_offset(num_rdma_bytes, self.size)
-        self.boxes = layout.align(heap + num_nvl_bytes)
-        *_, last = layout.boxes(self.boxes, layout.most_port_peers(self.nodes.of), self.half_bytes)
-        make = choose_transport(transport, device, self.nodes.count)
-        self.transport = make(self._bootstrap, self.nodes, last.end, timeout_s, num_qps_per_rank)
-        if self.transport.copies_by_kernels:
-            self.engine.leave_room()
-        self.heap = Heap(heap, num_nvl_bytes, self.transport.memory)
+        made = []
         try:
+            require_same_settings(self._bootstrap, dict(num_rdma_bytes=num_rdma_bytes, num_nvl_bytes=num_nvl_bytes), timeout_s,
+                                  "arguments")
+            self.nodes = find_nodes(self._bootstrap, timeout_s)
+            self.engine = choose_engine(device, self._bootstrap, timeout_s)
+            self.streams = Streams(self.engine)
+            self._lay_out(num_rdma_bytes, num_nvl_bytes)
+            make = choose_transport(transport, device, self.nodes.count)
+            made.append(make(self.nodes, self._end, timeout_s, num_qps_per_rank))
+            made[0].connect(self._bootstrap)
+            self.transport = made[0]
+            if self.transport.copies_by_kernels:
+                self.engine.leave_room()
+            self.heap = Heap(self._heap_at, num_nvl_bytes, self.transport.memory)
             self.write_control()
             self.meet("Buffer: connecting")
-        except Exception as error:
-            self.error = error
-            self.close()
+        except BaseException as error:
+            self.error, self.transport = error, None
+            steps = made[0].parting(True) if made else []
+            parting.leave(Parting(self._bootstrap, steps, failure_of(error)), 0)
             raise
+
+    def _lay_out(self, num_rdma_bytes, num_nvl_bytes):
+        """Where everything lies in the symmetric memory."""
+        self.nbytes = max(num_rdma_bytes, layout.control_bytes(self.size))
+        self.half_bytes = layout.half_capacity(self.nbytes, self.size)
+        self._heap_at = layout.heap_offset(num_rdma_bytes, self.size)
+        self.boxes = layout.align(self._heap_at + num_nvl_bytes)
+        *_, last = layout.boxes(self.boxes, layout.most_port_peers(self.nodes.of), self.half_bytes)
+        self._end = last.end
+
+    @property
+    def error(self):
+        return self._error
+
+    @error.setter
+    def error(self, error):
+        """A copy is kept: the error itself will refer, by its traceback, to the `Buffer` and its user."""
+        self._error = None if error is None else without_traceback(error)
 
     def write_control(self, epoch=0):
         """Fill the control words.  `epoch`: the epoch of the operation before the first (tests start near the wrap-around)."""
@@ -74,14 +106,13 @@ class Connection:
         """All ranks meet on the host and show that they mean the same."""
         try:
             words = self._bootstrap.meet(self.timeout_s + COMPILE_ALLOWANCE_S, what, word)
-        except EPError as error:
+            others = [r for r, w in enumerate(words) if w != word]
+            if others:
+                raise ValueError(f"{what}: ranks {others} made another call (another shape, or another operation) than rank "
+                                 f"{self.rank}")
+        except (EPError, ValueError) as error:
             self.error = error
             raise
-        others = [r for r, w in enumerate(words) if w != word]
-        if others:
-            self.error = ValueError(f"{what}: ranks {others} made another call (another shape, or another operation) than rank "
-                                    f"{self.rank}")
-            raise self.error
 
     def require_usable(self):
         """EPClosedError once closed or after an error; what went wrong in an operation, if nobody was told yet."""
@@ -89,17 +120,18 @@ class Connection:
             raise EPClosedError("this Buffer was destroyed")
         if self.error is not None:
             raise EPClosedError(f"this Buffer is unusable after an error; destroy it. The error was: {self.error}")
+        self.engine.use()
         self.check()
 
     def check(self):
         """Raise what went wrong in an operation that has run, if anything has.  Does not wait for a GPU."""
         if self.error is not None:
-            raise self.error
+            raise without_traceback(self.error)
         if self.transport is None:
             return
         if self.transport.record[0]:
             self.error = self._error_of(dict(zip(RECORD, self.transport.record)))
-            raise self.error
+            raise without_traceback(self.error)
         try:
             self.transport.check()
         except EPError as error:
@@ -131,40 +163,51 @@ class Connection:
             self.check()
 
     def close(self):
-        """Free everything; collective, idempotent.  After an error, or if a peer is gone, it does not wait for the others.
+        """Free everything; idempotent.  It waits a moment for the other ranks to do so too, see `pyep.channels.parting`, but not
+        after an error.
 
         Raises what went wrong in the last operations, if that was not raised before; everything is freed all the same.
         """
         if self.transport is None:
+            parting.tidy()
             return
-        unreported = None
+        unreported = False
         if self.error is None:
             try:
                 self.engine.synchronize()
                 self.check()
             except Exception as error:
-                self.error = unreported = error
+                self.error, unreported = error, True
         transport, self.transport = self.transport, None
-        self._met_to_close()
-        transport.close(self._met_to_close)
+        failure = None if self.error is None else failure_of(self.error)
         self.heap.let_go()
-        self.words_for = {}                                      # nothing that refers to the Buffer, which refers to this
-        if self.error is None:
-            self._bootstrap.close()
-        if unreported is not None:
-            raise unreported
+        wait_s = min(self.timeout_s, parting.WAIT_S) if transport.parts_in_stages and self.error is None else 0
+        parting.leave(Parting(self._bootstrap, transport.parting(self.error is not None), failure), wait_s)
+        parting.tidy()
+        if unreported:
+            raise without_traceback(self.error)
 
-    def _met_to_close(self):
-        """Whether all ranks have met to close; never after an error."""
-        if self.error is None:
-            try:
-                self._bootstrap.meet(self.timeout_s, "Buffer.destroy")
-            except EPError as error:
-                self.error = error
-        return self.error is None
+    def close_with(self, owner, explicitly=False):
+        """See that this is closed when its owner is collected, or the interpreter ends: alone, without a wait.
 
-    def _require_same(self, argument, value):
-        """ValueError on every rank unless all were given the same."""
-        values = self._bootstrap.allgather(value, self.timeout_s, f"Buffer: comparing {argument}")
-        if len(set(values)) > 1:
-            raise ValueError(f"{argument} differs between ranks: {values}, by rank")
+        explicitly: whether the owner promised to call `close`: then a warning tells that it did not.
+        """
+        weakref.finalize(owner, self._drop, type(owner).__name__, explicitly)
+
+    def _drop(self, owner, explicitly):
+        transport, self.transport = self.transport, None
+        if transport is None:
+            return
+        if explicitly:
+            warnings.warn(f"a {owner} with explicitly_destroy=True was dropped; destroy() was not called", ResourceWarning, 2)
+        self.heap.let_go()
+        failure = None if self.error is None else failure_of(self.error)
+        parting.park(Parting(self._bootstrap, transport.drop(), failure))
+
+
+def without_traceback(error):
+    """The same error once more, without what it went through."""
+    try:
+        return copy.copy(error)
+    except Exception:                                            # somebody's error, which cannot be made of its arguments
+        return EPError(str(error))

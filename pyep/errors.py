@@ -10,7 +10,8 @@ class EPTimeoutError(EPError):
 
 
 class EPRoutingError(EPError, ValueError):
-    """A kernel met an expert index that does not exist, or a token that names an expert more often than there is room."""
+    """Indices of experts that do not exist, or that select an expert more often than it has room for.  Where the host has seen it,
+    on the CPU engine, nothing was launched and the buffer stays usable."""
 
 
 class EPBufferTooSmallError(EPError):

@@ -21,10 +21,13 @@ class EventOverlap:
     """
 
     def __init__(self, event=None, extra_tensors=None, library=None, stream=0, check=None):
-        """library: whose current streams wait.  stream: the caller's, an int.  check: raises what went wrong in the operation."""
+        """event: may also be an `EventHandle`, whose moment is then meant.
+        library: whose current streams wait.  stream: the caller's, an int.  check: raises what went wrong in the operation."""
+        self.moment = next(moments)                              # what the host did later, this event does not cover
+        if isinstance(event, EventHandle):
+            event, library, stream, self.moment = event.event, event._library, event._stream, event.moment
         self.event, self.extra_tensors = event, extra_tensors
         self._library, self._stream, self._check = library, stream, check
-        self.moment = next(moments)                              # what the host did later, this event does not cover
 
     def current_stream_wait(self):
         """Make the caller's current stream wait for the operation."""
@@ -56,14 +59,23 @@ class EventOverlap:
         self.current_stream_wait()
 
 
-def capture(like=None):
-    """An event behind all that was put on the caller's current stream so far, for `previous_event`.
+class EventHandle(EventOverlap):
+    """An event behind all that was put on the caller's current stream so far; `EventOverlap(EventHandle())` is DeepEP's way to say
+    `Buffer.capture()`.
 
     like: an array whose library's stream is meant.  Without it: PyTorch's if the program has used a GPU through it, else CuPy's.
     """
-    library = arrays.library_on_gpu() if like is None else arrays.library_of(like, "like")
-    if library is None or library.engine == "cpu":
-        return EventOverlap()
-    from .kernels import cuda
-    stream = library.stream()
-    return EventOverlap(cuda.record(stream), None, library, stream)
+
+    def __init__(self, like=None):
+        library = arrays.library_on_gpu() if like is None else arrays.library_of(like, "like")
+        if library is None or library.engine == "cpu":
+            super().__init__()
+        else:
+            from .kernels import cuda
+            stream = library.stream()
+            super().__init__(cuda.record(stream), None, library, stream)
+
+
+def capture(like=None):
+    """An event behind all that was put on the caller's current stream so far, for `previous_event`.  like: see `EventHandle`."""
+    return EventOverlap(EventHandle(like))

@@ -5,7 +5,7 @@ Every rank owns `nbytes` of memory that all ranks can write, laid out alike on a
     control    words of 8 bytes, fixed places, a function of the number of ranks alone
     half 0     low latency: what peers send in operations of even epoch
     half 1     low latency: what peers send in operations of odd epoch
-    heap       high throughput: lent out in slabs (`pyep.heap`), into which peers write once they were told where
+    heap       high throughput: what peers write once they were told where, in two rooms, see `pyep.heap`
     boxes      low latency: what goes to and comes from peers of other nodes, if there are any, each box as a whole
 
 A *half* holds self-announcing data only: every 32-bit word of it is 0xffffffff whenever nothing is under way, whatever
@@ -15,12 +15,14 @@ was told that it has come.
 
 Hot words of different writers never share a 128-byte line.
 """
+import math
 from typing import NamedTuple
 
 WORD = 8                                # every counter and flag: so that 64-bit remote adds are safe over any transport
 LINE = 128                              # what one transaction of a GPU's memory system covers
 MAX_BLOCKS = 1024                       # blocks in a grid, at most
 MAX_LOCAL_EXPERTS = 2047                # experts of one rank, at most
+MAX_TOKENS = 65535                      # tokens of one rank in a low-latency dispatch, at most
 MAX_CHUNKS = 4096                       # chunks in which one rank's rows travel to another in a high-throughput combine, at most
 SECTIONS = LINE // WORD                 # kinds of data for which a rank can tell a place: a line of words
 FP8_BLOCK = 128                         # values that share a scale
@@ -34,33 +36,41 @@ def align(n, to=LINE):
 
 
 class Region(NamedTuple):
-    """A run of bytes in a rank's symmetric memory; `index` names what it is indexed by, `dims` says how far."""
+    """Entries in a rank's symmetric memory; `index` names what they are indexed by, `dims` says how far."""
 
     name: str
     offset: int
     index: tuple
     dims: tuple
-    item: int                           # bytes of one entry, gap to the next included
+    item: int                           # bytes of one entry; of a run of entries with the gap to the next
     writer: str
+    apart: tuple = ()                   # bytes from one entry to the next, by index; (): they are a run, the last index fastest
 
     @property
     def nbytes(self):
-        n = self.item
-        for d in self.dims:
-            n *= d
-        return n
+        return self.item * math.prod(self.dims)
+
+    @property
+    def strides(self):
+        """`apart`, of a run of entries too."""
+        return self.apart or tuple(self.item * math.prod(self.dims[i + 1:]) for i in range(len(self.dims)))
 
     @property
     def end(self):
-        return self.offset + self.nbytes
+        return self.offset + sum((n - 1) * stride for n, stride in zip(self.dims, self.strides)) + self.item
+
+    def find(self, offset):
+        """The index of the entry that has the byte at `offset`, or None."""
+        found, rest = [], offset - self.offset
+        for stride in self.strides:
+            i, rest = divmod(rest, stride)
+            found.append(i)
+        inside = 0 <= rest < self.item and all(0 <= i < n for i, n in zip(found, self.dims))
+        return tuple(found) if inside else None
 
     def slot(self, offset):
         """The name of the entry at `offset`, for instance "consumed[source 2]"."""
-        n, parts = (offset - self.offset) // self.item, []
-        for name, dim in zip(reversed(self.index), reversed(self.dims)):
-            n, i = divmod(n, dim)
-            parts.append(f"[{name} {i}]")
-        return self.name + "".join(reversed(parts))
+        return self.name + "".join(f"[{name} {i}]" for name, i in zip(self.index, self.find(offset)))
 
 
 def _stack(start, *regions):
@@ -88,9 +98,10 @@ def control(num_ranks):
     High throughput, where each launch of a kernel has an epoch of its own, and words hold epoch << 32 | value:
 
     ht_epoch    as epoch
-    ht_counts   entry 0: the rows for which that source has room; 1 + r: its tokens for rank r; 1 + R + e: its selections of
-                local expert e.  By parity of the epoch: a layout that was refused is followed by no rows, hence by no done
-    place       where that source wants the rows, and what goes with them, as (offset in its memory) / 16
+    ht_counts   entry 0: the rows for which that source has room; 1: what it does, a number; 2 + r: its tokens for rank r;
+                2 + R + e: its selections of local expert e.  By parity of the epoch: nothing tells when they have been read
+    place       where that source wants the rows, and what goes with them, as (offset in its memory) / 16; the last two: why it has
+                given up, if that was for a reason of its own; what it does
     done        that source has sent all of a launch, and read what it was told
     chunk       that source has sent a chunk of its rows
     arrived     blocks of this launch that are done
@@ -103,7 +114,7 @@ def control(num_ranks):
     told        the epoch that this rank has told that rank to have consumed
     flags       what is put to `consumed` of that rank behind a box, and once more the first word alone: staged here
     """
-    words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(1 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
+    words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(2 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
     return {r.name: r for r in _stack(
         0,
         ("status", (), (), WORD, "host"),
@@ -176,27 +187,49 @@ class LowLatency(NamedTuple):
         """Whether combine brings back one partial sum per (rank, token), not one output per selection."""
         return self.rank_major or self.weighted
 
-    def dispatch(self, half=0):
-        """What a half that begins at byte `half` holds in a dispatch.
+    def slot(self):
+        """What a *slot* holds: all that a dispatch sends of one token to one rank.
 
-        routes  1 + the expert that (source, token, k) selects, or 0; above it the selection's weight; every rank gets all
+        routes  1 + the expert that the token's k-th selection names, or 0; above it the selection's weight; every rank gets all
         places  n: the selection is the source's n-th for its expert (the first is 0); only that expert's rank gets it.
                 rank-major: the token is the source's n-th for this rank, at k = 0
         listed  how many of the token's cuts this rank's warps have listed, less one, until the last one has
         rows    the token, once per rank however many of that rank's experts it selects
+        escapes of bf16, for each piece of 16 bytes: which of its four words are 0xffffffff.  Written only where a word of it is
+                that or one less, see `pyep.kernels.low_latency_escapes`
         """
-        selections = (self.num_ranks, self.max_tokens, self.num_topk)
-        return _stack(half,
-                      ("routes", ("source", "token", "k"), selections, WORD, "source"),
-                      ("places", ("source", "token", "k"), selections, WORD, "source"),
-                      ("listed", ("source", "token"), selections[:2], WORD, "this rank"),
-                      ("rows", ("source", "token"), selections[:2], self.wire_bytes, "source"))
+        words = WORD * self.num_topk
+        _, listed, rows = _stack(0,
+                                 ("words", (), (), 2 * words, "source"),
+                                 ("listed", (), (), WORD, "this rank"),
+                                 ("rows", (), (), self.wire_bytes, "source"))
+        regions = [Region("routes", 0, ("k",), (self.num_topk,), WORD, "source"),
+                   Region("places", words, ("k",), (self.num_topk,), WORD, "source"), listed, rows]
+        if not self.fp8:
+            regions.append(Region("escapes", rows.end, ("piece",), (self.row_bytes // 16,), 4, "source"))
+        return regions
+
+    @property
+    def slot_bytes(self):
+        return align(self.slot()[-1].end)
+
+    def dispatch(self, half=0):
+        """What a half that begins at byte `half` holds in a dispatch: slots, by token and source.  So nothing but how many there
+        are depends on M, which kernels learn at run time."""
+        return self._of_each(half, ("token", "source"), (self.max_tokens, self.num_ranks), self.slot_bytes, self.slot())
+
+    @staticmethod
+    def _of_each(start, index, dims, nbytes, parts):
+        """The regions of `parts` of what begins every `nbytes` bytes from `start` on."""
+        outer = [nbytes * math.prod(dims[i + 1:]) for i in range(len(dims))]
+        return [part._replace(offset=start + part.offset, index=(*index, *part.index), dims=(*dims, *part.dims),
+                              apart=(*outer, *part.strides)) for part in parts]
 
     def combine(self, half=0):
         """What a half holds in a combine, written by the experts' rank: the output of the expert that (token, k) selected, or
         if the experts' rank reduces first, its sum for the token."""
         if self.reduced:
-            return _stack(half, ("partials", ("rank", "token"), (self.num_ranks, self.max_tokens), self.row_bytes, "rank"))
+            return _stack(half, ("partials", ("token", "rank"), (self.max_tokens, self.num_ranks), self.row_bytes, "rank"))
         return _stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
 
     @property
@@ -204,32 +237,34 @@ class LowLatency(NamedTuple):
         """How many groups rows of a rank are counted in: its experts; in the rank-major layout it is one itself."""
         return 1 if self.rank_major else self.local_experts
 
-    def dispatch_box(self, box=0):
+    def dispatch_box(self, box=0, num_tokens=None):
         """What a box that begins at byte `box` holds in a dispatch, of one source for one destination.
 
-        header   how many packets | how many selections they serve << 32; the shape's fingerprint; the words of rdma_recv_count
-        routes, places: as in a half
-        packets  in no order, each the row of a token behind a header of two words: the row's slot, as an offset in the half;
+        header   how many packets | how many selections they serve << 32; the words of rdma_recv_count
+        routes, places: of each token, as in a slot
+        packets  in no order, each the row of a token behind a header of two words: the row's place, as an offset in the half;
                  the token | the selections that the packets claimed before this one serve << 32
+
+        num_tokens: that the source has, M if None; packets begin behind the words of so many.
         """
-        selections = (self.max_tokens, self.num_topk)
-        return _stack(box,
-                      ("header", ("entry",), (3 + self.local_groups,), WORD, "source"),
-                      ("routes", ("token", "k"), selections, WORD, "source"),
-                      ("places", ("token", "k"), selections, WORD, "source"),
-                      ("packets", ("packet",), (self.max_tokens,), PACKET_HEADER + self.wire_bytes, "source"))
+        tokens, words = self.max_tokens if num_tokens is None else num_tokens, 2 * WORD * self.num_topk
+        header, = _stack(box, ("header", ("entry",), (2 + self.local_groups,), WORD, "source"))
+        routes, places, *_ = self._of_each(align(header.end), ("token",), (tokens,), words, self.slot())
+        packet_bytes = PACKET_HEADER + self.wire_bytes
+        packets = Region("packets", routes.offset + tokens * words, ("packet",), (tokens,), packet_bytes, "source")
+        return [header, routes, places, packets]
 
     def combine_box(self, box=0):
         """What a box holds in a combine: as in a dispatch, but there are no counts, routes and places, and a packet holds a
         partial or an output, and the second word of its header is not used."""
         packets = self.max_tokens * (1 if self.reduced else self.num_topk)
         return _stack(box,
-                      ("header", ("entry",), (3,), WORD, "expert's rank"),
+                      ("header", ("entry",), (2,), WORD, "expert's rank"),
                       ("packets", ("packet",), (packets,), PACKET_HEADER + self.row_bytes, "expert's rank"))
 
     @property
     def half_bytes(self):
-        return align(max(self.dispatch()[-1].end, self.combine()[-1].end))
+        return align(max(self.max_tokens * self.num_ranks * self.slot_bytes, self.combine()[-1].end))
 
     @property
     def nbytes(self):
@@ -239,36 +274,41 @@ class LowLatency(NamedTuple):
 
 class Rows(NamedTuple):
     """What a high-throughput operation stores for each row, in bytes; 0 for what it does not move.  Each kind is an array of its
-    own (a *section*), one after another in a slab of the heap.
+    own, a *section*.
 
     A dispatch has all of them, as its results; a combine has rows and weights, for the rows that come back to a rank's tokens.
     """
 
-    row: int                            # the values: bf16 or e4m3
+    row: int                            # the values
     source: int = 0                     # the source token, int32
     topk_idx: int = 0                   # K local experts, int64
     topk_weights: int = 0               # K fp32
-    scales: int = 0                     # of e4m3, fp32
+    scales: int = 0                     # that belong to the values
 
-    def sections(self, num_rows, start=0):
-        """The sections of a slab that begins at byte `start`, in the order of the fields; where nothing is moved, an empty one."""
-        return _stack(start, *[(name, ("row",), (num_rows,), item, "source") for name, item in zip(self._fields, self)])
+    def starts(self, num_rows, start=0):
+        """Where the sections begin, one after another from byte `start` on, each on a line of its own, and where the last ends."""
+        starts = [start]
+        for item in self:
+            start += align(item * num_rows)
+            starts.append(start)
+        return starts
 
     def nbytes(self, num_rows):
-        """Bytes of a slab with so many rows."""
-        return align(self.sections(num_rows)[-1].end)
+        """Bytes of so many rows."""
+        return self.starts(num_rows)[-1]
 
     def fit(self, nbytes):
-        """How many rows a slab of `nbytes` holds."""
+        """How many rows `nbytes` hold."""
         rows = nbytes // sum(self)
         while rows > 0 and self.nbytes(rows) > nbytes:
             rows -= 1
         return rows
 
 
-def dispatched_rows(hidden_bytes, num_topk=0, weighted=False, num_scales=0, sources=True):
-    """The `Rows` of a dispatch.  hidden_bytes: of a token's values; num_topk, num_scales: of a token, 0 if none travel."""
-    return Rows(hidden_bytes, 4 if sources else 0, 8 * num_topk, 4 * num_topk if weighted else 0, 4 * num_scales)
+def dispatched_rows(hidden_bytes, num_topk=0, weighted=False, scale_bytes=0, sources=True):
+    """The `Rows` of a dispatch.  hidden_bytes, scale_bytes: of a token's values and scales; num_topk: of its selections; 0 if none
+    travel."""
+    return Rows(hidden_bytes, 4 if sources else 0, 8 * num_topk, 4 * num_topk if weighted else 0, scale_bytes)
 
 
 def combined_rows(hidden, num_topk=0):
@@ -276,17 +316,21 @@ def combined_rows(hidden, num_topk=0):
     return Rows(2 * hidden, topk_weights=4 * num_topk)
 
 
-def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results=1):
-    """Bytes of the heap that suffice for the results and handles of so many dispatches and the staging of a combine (always bf16),
-    when no rank has more than `num_max_tokens` tokens and every token may go to every rank.
+def operations_room(heap_bytes):
+    """How many of a heap's bytes, the first ones, are for the operation that runs; the others are lent to results."""
+    return heap_bytes // 3 // LINE * LINE
+
+
+def high_throughput_size_hint(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results=2):
+    """Bytes of a heap for every dispatch and combine (always bf16) where no rank has more than `num_max_tokens` tokens, of which
+    each may go to every rank; results of so many dispatches that are as large as that lie in it without being copied.
 
     hidden_bytes: of a row, scales included.
     """
-    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens)
-    results += LINE                                              # scales have a section of their own
-    results += align(4 * num_ranks * num_ranks) + align(4 * num_ranks * num_max_tokens)        # rank_prefix_matrix, send_rows
+    results = dispatched_rows(hidden_bytes, num_topk, True).nbytes(num_ranks * num_max_tokens) + LINE     # scales are apart
     staging = combined_rows(hidden, num_topk).nbytes((num_ranks - 1) * num_max_tokens)
-    return num_results * results + align(max(staging, 1))
+    handle = align(4 * num_ranks * (num_ranks + num_max_tokens))                                # rank_prefix_matrix, send_rows
+    return max(3 * max(results, staging), align(-(-3 * num_results * (results + handle) // 2)))
 
 
 def heap_offset(num_rdma_bytes, num_ranks):
@@ -302,8 +346,8 @@ def half_capacity(nbytes, num_ranks):
 def box_bytes(half_bytes):
     """Bytes of a box that is large enough for every shape that fits halves of so many, whatever the number of ranks.
 
-    A packet's header is as long as a row of 16 bytes, but then routes and places are half of the half; to rows of 32 bytes or more
-    it adds at most half.
+    A packet's header is as long as a row of 16 bytes, but a slot has more than that beside its row.  In a combine it adds at most
+    half to rows of 32 bytes or more, and outputs of 16 bytes are less than half of the slots.
     """
     return align(3 * half_bytes // 2 + WORD * (3 + MAX_LOCAL_EXPERTS) + 4 * LINE)
 
@@ -344,7 +388,8 @@ def low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, n
     Without `num_topk` there is room for any top-k up to the number of experts, which costs E / K times the memory of an
     exact hint: one row per token and selected expert comes back in a direct combine.  Every mode fits: this one needs most.
     """
-    return LowLatency(num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts, num_topk or num_experts).nbytes
+    sizes = num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts, num_topk or num_experts
+    return LowLatency(*map(int, sizes)).nbytes                   # NumPy's may overflow
 
 
 def name_of(offset, num_ranks, half_bytes, data):
@@ -352,7 +397,7 @@ def name_of(offset, num_ranks, half_bytes, data):
     start = control_bytes(num_ranks)
     half = int(offset >= start + half_bytes)
     for region in [*control(num_ranks).values(), *data(start + half * half_bytes)]:
-        if region.offset <= offset < region.end:
+        if region.find(offset) is not None:
             return region.slot(offset) + (f" of half {half}" if offset >= start else "")
     return f"byte {offset}"
 

@@ -63,28 +63,35 @@ class InFlight:
 
 
 class Plan(NamedTuple):
-    """The compiled kernels of a shape, by phase: "send", "receive" and, where one launch can do both at once, "both"."""
+    """Compiled kernels, by phase: "send", "receive" and, where one launch can do both at once, "both"."""
 
-    shape: layout.LowLatency
     dispatch: dict
     combine: dict
+
+
+def widest(engine, shape):
+    """What kernels are compiled for: the shape with the largest M that its kernels serve.  On GPUs there are others for few tokens,
+    which differ in how the work is cut, not in what they do."""
+    few = engine.few_tokens // shape.num_ranks
+    return shape._replace(max_tokens=few if shape.max_tokens <= few else layout.MAX_TOKENS)
 
 
 def constants(shape, index_bytes, ports=0):
     """The kernels' template parameters.  ports: see PORTS in `pyep.kernels.low_latency_boxes`."""
     control = layout.control(shape.num_ranks)
-    _, places, listed, rows = shape.dispatch()
+    _, places, listed, rows, *escapes = shape.slot()
     return dict(
-        RANKS=shape.num_ranks, EXPERTS=shape.num_experts, LOCAL_EXPERTS=shape.local_experts, MAX_TOKENS=shape.max_tokens,
+        RANKS=shape.num_ranks, EXPERTS=shape.num_experts, LOCAL_EXPERTS=shape.local_experts,
         TOPK=shape.num_topk, ROW_BYTES=shape.row_bytes, INDEX_BYTES=index_bytes,
         FP8=int(shape.fp8), POWERS_OF_2=int(shape.data in ("fp8_powers_of_2", "fp8_ue8m0")), UE8M0=int(shape.data == "fp8_ue8m0"),
-        DATA_BYTES=shape.data_bytes, WIRE_BYTES=shape.wire_bytes, RANK_MAJOR=int(shape.rank_major), WEIGHTED=int(shape.weighted),
+        DATA_BYTES=shape.data_bytes, RANK_MAJOR=int(shape.rank_major), WEIGHTED=int(shape.weighted),
         GROUPS=shape.num_ranks * shape.local_groups, LOCAL_GROUPS=shape.local_groups, CHUNK=chunk(shape),
         MAX_BLOCKS=layout.MAX_BLOCKS, LINE=layout.LINE,
         STATUS=control["status"].offset, PEERS=control["peers"].offset, FAILED=control["failed"].offset,
         EPOCH=control["epoch"].offset, CONSUMED=control["consumed"].offset, COUNTS=control["rdma_recv_count"].offset,
         COUNTS_STRIDE=layout.WORD * (1 + layout.MAX_LOCAL_EXPERTS), CONTROL_BYTES=layout.control_bytes(shape.num_ranks),
-        PLACES=places.offset, LISTED=listed.offset, ROWS=rows.offset, PORTS=ports, SHAPE=fingerprint(shape),
+        SLOT_BYTES=shape.slot_bytes, PLACES=places.offset, LISTED=listed.offset, ROWS=rows.offset,
+        ESCAPES=escapes[0].offset - rows.offset if escapes else 0, PORTS=ports, SHAPE=fingerprint(shape),
         PORT_HANDLES=control["ports"].offset, **{name: control[name.lower()].offset for name in CONTROL_OF_BOXES})
 
 
@@ -93,9 +100,9 @@ CONTROL_OF_BOXES = "BOXES", "CLAIMS", "PACKED", "TOLD", "FLAGS"
 
 def box_constants(operation, shape):
     """The template parameters of an operation for its boxes."""
-    regions = {r.name: r for r in (shape.dispatch_box() if operation == "dispatch" else shape.combine_box())}
-    offsets = {f"BOX_{name.upper()}": regions[name].offset for name in ("routes", "places", "packets") if name in regions}
-    return dict(offsets, PACKET_BYTES=regions["packets"].item)
+    regions = shape.dispatch_box() if operation == "dispatch" else shape.combine_box()
+    word_bytes = 2 * layout.WORD * shape.num_topk if operation == "dispatch" else 0
+    return dict(BOX_WORDS=regions[1].offset, WORD_BYTES=word_bytes, PACKET_BYTES=regions[-1].item)
 
 
 STAGED = 2048                           # selections that a sending block has in its shared memory at once
@@ -122,14 +129,14 @@ def shared_bytes(operation, shape, warps, announcers, num_sections):
 
 
 def sections(engine, shape, threads, announcers, ports):
-    """How an announcing block cuts the staged selections (rank-major: tokens), so that all its warps have some to number.
+    """Into how many sections an announcing block cuts the staged selections (rank-major: tokens), at most, so that all its warps
+    have some to number.
 
     With port peers it does not: all that is told waits for the rows there.
     """
     items, at_once = chunk(shape) * (1 if shape.rank_major else shape.num_topk), 4 * engine.warp
     wanted = 1 if ports else max(1, threads // engine.warp // -(-shape.num_ranks * shape.local_groups // announcers))
-    section = layout.align(-(-items // wanted), at_once)
-    return dict(SECTION=section, SECTIONS=-(-items // section))
+    return min(wanted, -(-items // at_once))
 
 
 def cut(engine, shape, teams, whole):
@@ -158,8 +165,8 @@ def cuts(engine, shape, teams, ports):
 
 
 def make_plan(engine, shape, index_bytes, rank, ports=0):
-    """Compile the kernels of a shape.  Ranks begin at different kernels, so that those of a host share the work."""
-    jobs = {}
+    """Compile the kernels of a shape, see `widest`.  Ranks begin at different kernels, so that those of a host share the work."""
+    jobs, shape = {}, widest(engine, shape)
     in_bf16 = shape._replace(data="bf16")                        # as combine travels: one set of kernels whatever dispatch's data
     for operation, kernel, moved in (("dispatch", dispatch, shape),
                                      ("combine", combine_reduced if shape.reduced else combine, in_bf16)):
@@ -168,13 +175,13 @@ def make_plan(engine, shape, index_bytes, rank, ports=0):
         threads = count * team
         for phase, blocks, senders, receivers in engine.phases(operation, threads, shape.num_ranks):
             announcers = receivers or senders
-            sectioned = sections(engine, shape, threads, announcers, ports)
-            shared = shared_bytes(operation, shape, threads // engine.warp, announcers, sectioned["SECTIONS"])
+            num_sections = sections(engine, shape, threads, announcers, ports)
+            shared = shared_bytes(operation, shape, threads // engine.warp, announcers, num_sections)
             parameters = dict(values, SENDERS=senders, RECEIVERS=receivers, PER_LANE=engine.pieces_per_lane(row_bytes),
-                              NEIGHBOURS=engine.neighbours(threads), **sectioned, **cuts(engine, moved, teams, ports))
+                              NEIGHBOURS=engine.neighbours(threads), SECTIONS=num_sections, **cuts(engine, moved, teams, ports))
             jobs[operation, phase] = kernel, blocks, threads, shared, parameters
     order = list(jobs)
-    plan = Plan(shape, {}, {})
+    plan = Plan({}, {})
     for i in range(len(order)):
         operation, phase = key = order[(i + rank) % len(order)]
         kernel, blocks, threads, shared, parameters = jobs[key]
@@ -193,8 +200,8 @@ def check_fits(shape, nbytes, given):
 
 
 def fingerprint(shape):
-    """A number that ranks compare to see that they mean the same shape."""
-    return zlib.crc32(repr(tuple(shape)).encode())
+    """A number that ranks compare to see that they mean the same shape, whatever M is."""
+    return zlib.crc32(repr(tuple(shape._replace(max_tokens=0))).encode())
 
 
 def error_from(r, rank, shapes, half_bytes, timeout_s):
@@ -209,10 +216,11 @@ def error_from(r, rank, shapes, half_bytes, timeout_s):
         return EPRoutingError(f"local expert {r['seen']} of rank {rank} got more than {shapes[DISPATCH].rows_per_expert} rows: "
                               "some tokens name an expert more than once")
     if r["wait"] == kernels.OTHER_OPERATION:
-        names = {kernels.COMBINE: COMBINE}
-        here, there = names.get(r["expected"], DISPATCH), names.get(r["seen"], DISPATCH)
+        here, there = (COMBINE if r[word] & kernels.COMBINE else DISPATCH for word in ("expected", "seen"))
         if here == there:
-            there += " of another shape" if r["seen"] == kernels.COMBINE else f" of another shape, with {r['seen']} tokens"
+            there += " of another shape or mode"
+            if there.startswith(DISPATCH):
+                there += f", or with another num_max_dispatch_tokens_per_rank, of {r['seen'] & kernels.TOKENS} tokens"
         return EPError(f"rank {rank} called {here} where rank {r['peer']} called {there}: all ranks must make the same calls in "
                        f"the same order (operation of epoch {r['epoch']})")
     if r["wait"] in PROXIES:

@@ -14,9 +14,12 @@
 
 Device halves: `pyep.channels.port` and `pyep.channels.memory_channel`.  See also docs/kernel-language.md.
 """
+import functools
+
 import numpy as np
 
 from . import arrays, layout
+from .channels.boards import open_board
 from .connection import Connection
 from .errors import EPTimeoutError
 
@@ -36,11 +39,12 @@ class Channels:
     """
 
     def __init__(self, group=None, comm=None, nbytes=0, waits=None, *, transport="auto", timeout_s=100.0, num_qps_per_rank=1):
-        self._connection = connection = Connection(group, comm, 0, layout.align(nbytes), transport, timeout_s,
+        self._connection = connection = Connection(open_board(group, comm), 0, layout.align(nbytes), transport, timeout_s,
                                                    num_qps_per_rank)
-        connection.words_for.update({number: self._error_from for number in waits or {}})
-        self._waits = waits
+        connection.close_with(self)
         self.rank, self.size, self.nodes = connection.rank, connection.size, connection.nodes
+        connection.words_for.update({number: functools.partial(error_from, self.rank, connection.timeout_s, owed)
+                                     for number, owed in (waits or {}).items()})
         self.engine, self.transport = connection.engine.name, connection.transport.name
         self.ports, self.channels = connection.transport.ports, connection.transport.channels
         self.offset = connection.heap.offset
@@ -85,13 +89,9 @@ class Channels:
         self._connection.meet("Channels.meet")
 
     def close(self):
-        """Free everything; collective, idempotent.  As `Buffer.destroy`."""
+        """Free everything; idempotent.  As `Buffer.destroy`."""
         self.memory = None
         self._connection.close()
-
-    def _error_from(self, record):
-        return EPTimeoutError(f"rank {self.rank} waited {self._connection.timeout_s:g} s for rank {record['peer']}: "
-                              f"{self._waits[record['wait']]}; expected {record['expected']}, seen {record['seen']}")
 
     def __enter__(self):
         return self
@@ -100,3 +100,9 @@ class Channels:
         if error is not None and self._connection.error is None:
             self._connection.error = error                       # the other ranks may never come: do not wait for them
         self.close()
+
+
+def error_from(rank, timeout_s, owed, record):
+    """The error that a wait gave up with, in words."""
+    return EPTimeoutError(f"rank {rank} waited {timeout_s:g} s for rank {record['peer']}: {owed}; expected {record['expected']}, "
+                          f"seen {record['seen']}")

@@ -81,6 +81,12 @@ class Torch(Library):
                 return super().lent(address, dtype, shape, owner)
         return super().lent(address, dtype, shape, owner)
 
+    def retyped(self, array, dtype):
+        if in_a_mode():
+            with outside_of_modes():
+                return array.view(dtype)
+        return array.view(dtype)
+
     def of_memory(self, memory):
         return torch.as_tensor(memory, device="cuda") if self.engine == "cuda" else torch.from_numpy(np.asarray(memory))
 

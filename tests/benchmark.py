@@ -15,7 +15,7 @@ import pytest
 import ranks
 
 import pyep
-from pyep.__main__ import main
+from pyep.__main__ import main, read_once
 from pyep.bench import devices
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmark.md"
@@ -47,6 +47,17 @@ def command(n, *argv, module=("-m", "mpi4py"), before=()):
     """The command as a user types it: the finished process."""
     line = [*ranks.mpiexec(), *before, "-n", str(n), sys.executable, *module, "-m", "pyep", "bench", *argv]
     return subprocess.run(line, env=ranks.environment(), capture_output=True, text=True, timeout=300)
+
+
+def bench_in_modes(comm, modes, *argv):
+    """The JSON of the command in modes that the CPU engine does not have from its command line, of rank 0; there, too, a graph is
+    a function."""
+    args = read_once(["bench", *argv, "--json", "-"], comm)
+    args.modes = modes
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err, \
+            mock.patch.object(devices.OnCpu, "capture", lambda self, run: run, create=True):
+        assert args.run(args, comm) == 0, err.getvalue()
+    return json.loads(out.getvalue()) if comm.rank == 0 else None
 
 
 def with_wrong(comm, operation, *argv):

@@ -1,6 +1,7 @@
 """Wrong arguments: an error before anything is launched that names the argument, what it was and what is accepted."""
 import re
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -352,11 +353,12 @@ def ask_wrongly(comm):
             with rejected(NotImplementedError, "enable_shrink=True", "EPTimeoutError"):
                 call()
         assert len(buf.get_local_buffer_tensor("uint8")) == 0    # no num_nvl_bytes
-        for offset in (-8, 4, 2**40):
-            with rejected(ValueError, "offset", str(offset), "multiple of 8"):
-                buf.get_local_buffer_tensor("int64", offset=offset, use_rdma_buffer=True)
-        with rejected(ValueError, "size", f"[{2**30}, 2]", "room"):
-            buf.get_local_buffer_tensor("int64", (2**30, 2), use_rdma_buffer=True)
+        for memory in partial(buf.get_local_buffer_tensor, use_rdma_buffer=True), buf.symmetric_memory:
+            for offset in (-8, 4, 2**40):
+                with rejected(ValueError, "offset", str(offset), "multiple of 8"):
+                    memory("int64", offset=offset)
+            with rejected(ValueError, "size", f"[{2**30}, 2]", "room"):
+                memory("int64", (2**30, 2))
         run_round(buf, CASE)
 
 
@@ -406,9 +408,46 @@ def test_an_expert_of_no_rank_on_a_gpu():
     ranks.run(1, route_wrongly, E, ["topk_idx of rank 0", "expert 4", "there are 4 experts"])
 
 
-def test_more_rows_than_there_is_room_for():
+def test_more_rows_than_there_is_room_for_on_a_gpu():
     """24 rows for one expert, where tokens that name it once cannot make more than 8."""
+    if not on_gpu():
+        pytest.skip("the CPU engine looks before it launches")
     ranks.run(1, route_wrongly, 2, ["local expert 2 of rank 0", "more than 8 rows", "more than once"])
+
+
+def route_wrongly_at_first(comm):
+    """Rank 0 alone names an expert that is not there, before any rank has used the shape; then all want too much of one expert."""
+    case = Case(1, M, H, E * comm.size, K, (M,) * comm.size)
+    x, topk_idx, _, _ = (of_all[comm.rank] for of_all in case.make())
+    with make_buffer(comm, M, H, case.experts, K, timeout_s=30) as buf:
+        if comm.rank == 0:
+            with rejected(ValueError, "topk_idx", str(case.experts), f"-1 to {case.experts - 1}"):
+                buf.low_latency_dispatch(x, np.full_like(topk_idx, case.experts), M, case.experts, use_fp8=False)
+        for _ in range(2):
+            with rejected(EPRoutingError, f"topk_idx of rank {comm.rank}", "expert 2", "24 times", f"{M} rows", "more than once"):
+                buf.low_latency_dispatch(x, np.full_like(topk_idx, 2), M, case.experts, use_fp8=False)
+            run_round(buf, case)
+
+
+def test_routing_that_cannot_be_served():
+    """On the CPU engine it is refused before anything is launched, or any rank is waited for; the buffer is as before."""
+    if on_gpu():
+        pytest.skip("there kernels find out")
+    ranks.run(2, route_wrongly_at_first)
+
+
+def call_with_numpy_numbers(comm):
+    with make_buffer(comm, np.int32(M), np.int64(H), np.int64(E), np.int16(K)) as buf:
+        arguments = accepted(CASE, buf)["low_latency_dispatch"]
+        arguments |= dict(num_max_dispatch_tokens_per_rank=np.int32(M), num_experts=np.uint8(E))
+        got = buf.low_latency_dispatch(**arguments)
+        assert_is(got, CASE)
+        assert [type(n) for n in got.handle[2:]] == [int] * 3
+        buf.clean_low_latency_buffer(np.int32(M), np.int64(H), np.uint16(E))
+
+
+def test_numbers_may_be_those_of_numpy():
+    ranks.run(1, call_with_numpy_numbers)
 
 
 # ---- the life of a buffer and of its hooks ---------------------------------------------------------------------------

@@ -2,15 +2,16 @@
 different in high throughput."""
 import json
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import ranks
-from benchmark import (EXAMPLE, FAKE_LATENCY, HIDDEN, SMALL, assert_figures, assert_pair, assert_table, assert_worked_example,
-                       bench, by_a_fake_clock, command, cpu_only, with_wrong)
+from benchmark import (EXAMPLE, FAKE_LATENCY, HIDDEN, SMALL, assert_figures, assert_latency, assert_pair, assert_table,
+                       assert_worked_example, bench, bench_in_modes, by_a_fake_clock, command, cpu_only, with_wrong)
 
 from pyep.__main__ import read
-from pyep.bench import figures, inputs, low_latency, options, traffic
+from pyep.bench import figures, inputs, low_latency, options, plot, timing, traffic
 
 ROWS = "dispatch", "combine", "pair"
 LL = ("ll", *SMALL)
@@ -88,6 +89,33 @@ def test_inputs():
         assert y.shape == shape and np.count_nonzero(y.astype(np.float32).any(axis=2)) == rows[:, 1].sum()
 
 
+@pytest.mark.parametrize("bottom, top", [(41.5, 48.5), (6, 55), (3, 20_000)])
+def test_numbers_along_the_latency_axis(bottom, top):
+    figure, axes = plot.pyplot.subplots()
+    axes.plot([1, 2], [bottom, top])
+    plot.in_logarithms(axes)
+    figure.canvas.draw()
+    shown = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks()]
+    plot.pyplot.close(figure)
+    assert 3 <= sum(bottom < float(text) < top for text in shown) <= 15 and axes.get_yscale() == "log"
+
+
+class OneRank:
+    """As much of a communicator as timing needs."""
+
+    Barrier, allgather = staticmethod(lambda: None), staticmethod(lambda mine: [mine])
+
+
+def test_time_of_the_host(monkeypatch):
+    """Of each repeat the median of its calls; neither the waiting in a call counts nor what the GPU does afterwards."""
+    clock = iter([0, 100, 0, 100, 0, 100, 5, 12, 20, 22, 30, 90, 0, 4, 5, 10, 11, 17])      # a repeat to warm up, then two
+    waits = iter([0, 0] * 3 + [1, 3, 0, 0, 0, 0] + [2, 2] * 3)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    library = mock.Mock(seconds=lambda run: run() or 1e9)
+    us = timing.time_host(lambda: None, lambda: next(waits), library, mock.Mock(iterations=3, repeats=2, warm_up=1), OneRank)
+    assert us.tolist() == [[5e6, 5e6]]                           # of 7 - 2, 2 and 60; of 4, 5 and 6
+
+
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +170,10 @@ def test_sweeps_multiply(variables):
     (["--plot", "a.png"], "add --sweep"),
     (["--json", "/no/such/folder/a.json"], "its folder does not exist"),
     pytest.param(["--mode", "graph"], "needs a GPU", marks=cpu_only),
-    pytest.param(["--array", "cupy"], "not for the cpu engine", marks=cpu_only),
+    (["--arrays", "numpy,jax"], "expected some of cupy, numpy, torch"),
+    (["--arrays", "torch,torch"], "each once"),
+    pytest.param(["--mode", "host"], "needs a GPU", marks=cpu_only),
+    pytest.param(["--arrays", "numpy,cupy"], "--arrays cupy is not for the cpu engine", marks=cpu_only),
     pytest.param(["--transport", "ipc"], "does not serve the cpu engine", marks=cpu_only),
 ])
 def test_bad_options(argv, message, variables, capsys):
@@ -163,7 +194,8 @@ def test_missing_package(variables, capsys, monkeypatch):
     points("--sweep", "tokens=1")
     with pytest.raises(SystemExit, match="2"):
         points("--sweep", "tokens=1", "--plot", "a.png")
-    assert "--plot needs the package matplotlib, which is not installed: pip install 'pyep[bench]'" in capsys.readouterr().err
+    assert "--plot needs the package matplotlib, which is not installed: pip install --editable '.[bench]'  #" in capsys.readouterr(
+        ).err
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -224,6 +256,18 @@ def test_what_is_timed():
     assert all(result[name]["latency_us"] == FAKE_LATENCY for name in ROWS)
 
 
+def test_host_rows(device):
+    """As on GPUs, next to those of eager mode: times without bytes."""
+    found = ranks.run(2, bench_in_modes, ["eager", "host"], *LL)[0]
+    assert found["options"]["repeats"] == 3
+    eager, host = found["results"]
+    assert (eager["mode"], host["mode"]) == ("eager", "host") and eager["array"] == host["array"] == found["machine"]["arrays"][0]
+    assert_pair(eager)
+    for name in ROWS:
+        assert list(host[name]) == ["latency_us"]
+        assert_latency(host[name]["latency_us"], 2)
+
+
 @pytest.mark.parametrize("module", [(), ("-m", "mpi4py")])
 def test_command(module):
     """With and without -m mpi4py; the JSON alone on stdout."""
@@ -253,5 +297,7 @@ def test_a_rank_that_fails_ends_all():
 
 def test_torch():
     pytest.importorskip("torch")
-    done = command(2, *LL, "--check", "--array", "torch")
-    assert done.returncode == 0 and "torch arrays" in done.stdout and "equal the oracle's" in done.stdout, done.stdout + done.stderr
+    done = command(2, *LL, "--check", "--arrays", "numpy,torch")
+    assert done.returncode == 0 and "equal the oracle's" in done.stdout, done.stdout + done.stderr
+    assert "numpy and torch arrays" in done.stdout
+    assert_table(done.stdout, [(array, "eager") for array in ("numpy", "torch")], ROWS)

@@ -1,6 +1,4 @@
 """`python -m pyep bench ht`: what is different from low latency (test_bench.py)."""
-import contextlib
-import io
 import json
 from unittest import mock
 
@@ -8,10 +6,10 @@ import numpy as np
 import pytest
 import ranks
 from benchmark import (EXAMPLE, FAKE_LATENCY, HIDDEN, SMALL, assert_figures, assert_latency, assert_pair, assert_table,
-                       assert_worked_example, bench, by_a_fake_clock, command, cpu_only, with_wrong)
+                       assert_worked_example, bench, bench_in_modes, by_a_fake_clock, command, cpu_only, with_wrong)
 
 import pyep
-from pyep.__main__ import read, read_once
+from pyep.__main__ import read
 from pyep.bench import devices, high_throughput, high_throughput_operations, inputs, low_latency, options, traffic
 
 ROWS = "layout", "dispatch", "dispatch + exchange", "combine", "pair"
@@ -168,32 +166,50 @@ def test_what_is_timed():
 
 
 def as_for_graphs(comm):
-    """Both modes on the CPU engine, where a "graph" is a function: num_worst_tokens of the dispatches without a handle, the modes
-    of the JSON."""
-    args = read_once(["bench", *HT, "--check", "--json", "-"], comm)
-    args.modes = ["eager", "graph"]
+    """num_worst_tokens of the dispatches without a handle, in eager mode and in graphs; the JSON."""
     right, rooms = pyep.Buffer.dispatch, []
 
     def dispatch(self, x, handle=None, **others):
         rooms.extend([others["num_worst_tokens"]] if handle is None else [])
         return right(self, x, handle, **others)
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err, \
-            mock.patch.object(pyep.Buffer, "dispatch", dispatch), \
-            mock.patch.object(devices.OnCpu, "capture", lambda self, run: run, create=True):
-        assert args.run(args, comm) == 0, err.getvalue()
-    return rooms, [result["mode"] for result in json.loads(out.getvalue())["results"]] if comm.rank == 0 else None
+    with mock.patch.object(pyep.Buffer, "dispatch", dispatch):
+        return rooms, bench_in_modes(comm, ["eager", "graph"], *HT, "--check")
 
 
 @cpu_only
 def test_graphs_have_room_for_the_worst_case():
     """Where every rank sends all its tokens everywhere; the results of both modes are the oracle's."""
-    (rooms, modes), _ = ranks.run(2, as_for_graphs)
-    assert modes == ["eager", "graph"]
+    (rooms, found), _ = ranks.run(2, as_for_graphs)
+    assert [result["mode"] for result in found["results"]] == ["eager", "graph"]
     prepared, checked, timed = 3, 1, 1 + 2 * 8                   # dispatches without a handle
     assert rooms == [0] * prepared + [16] * prepared + [0] * checked + [16] * checked + [0] * timed + [16] * timed
 
 
+def waits_of_each(comm):
+    """Whether the host waited in an operation, by name."""
+    args = read(["bench", *HT], comm.size)
+    point = args.points[0]
+    with args.benchmark.make_buffer(point, args, comm) as buf:
+        operations = args.benchmark.make_operations(buf, devices.make(args.arrays[0], buf), point, args)
+        found = {}
+        for name, call in operations.calls("host").items():
+            before = operations.waited()
+            call()
+            found[name] = operations.waited() > before
+        return found
+
+
+def test_host_rows():
+    """Only what exchanges counts waits; a dispatch with room for the worst case does not."""
+    waits, _ = ranks.run(2, waits_of_each)
+    assert waits == {"layout": False, "dispatch": False, "dispatch + exchange": True, "dispatch, worst case": False,
+                     "combine": False, "pair": True}
+    host, = ranks.run(2, bench_in_modes, ["host"], *HT)[0]["results"]
+    for name in waits:
+        assert list(host[name]) == ["latency_us"]
+
+
 def test_command_with_torch():
     pytest.importorskip("torch")
-    done = command(2, *HT, "--check", "--array", "torch", "--dtype", "fp8", "--hidden", "256")
+    done = command(2, *HT, "--check", "--arrays", "torch", "--dtype", "fp8", "--hidden", "256")
     assert done.returncode == 0 and "torch arrays" in done.stdout and "equal the oracle's" in done.stdout, done.stdout + done.stderr

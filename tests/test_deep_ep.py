@@ -309,11 +309,11 @@ def queries(comm, folder):
         assert buffer.is_available() and not buffer.is_internode_available()
         assert (buffer.get_num_rdma_ranks(), buffer.get_rdma_rank()) == (1, 0)
         assert buffer.is_sm90_compiled()
-        whole = buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
+        whole = buffer.symmetric_memory(torch.uint8)
         assert whole.is_cuda == on_gpu() and len(whole) == size
         # What lies there is known: every rank's address of the symmetric memory of every rank, its own among them.
         peers = pyep.layout.control(comm.size)["peers"]
-        addresses = buffer.get_local_buffer_tensor(torch.int64, torch.Size((1, comm.size)), peers.offset, use_rdma_buffer=True)
+        addresses = buffer.symmetric_memory(torch.int64, torch.Size((1, comm.size)), peers.offset)
         assert addresses[0, comm.rank].item() == whole.data_ptr()
         assert math.prod(addresses.shape) == comm.size and addresses.data_ptr() == whole.data_ptr() + peers.offset
         stream = buffer.get_comm_stream()

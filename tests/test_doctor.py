@@ -14,6 +14,7 @@ import ranks
 from pyep.__main__ import main
 from pyep.channels import infiniband
 from pyep.channels.nodes import Nodes
+from pyep.choices import install
 from pyep.doctor import OneRank, hardware, report, software
 from pyep.doctor import ranks as doctor_of_ranks
 from pyep.doctor.finding import Finding, Section, examine
@@ -111,7 +112,7 @@ def test_without_mpi(blocked):
     done = command(code=f"import sys; sys.modules[{blocked!r}] = None")
     assert done.returncode == (0 if torch else 1), done
     assert line_of(done.stdout, "MPI").startswith("does not start: ")
-    assert any("pip install 'pyep[mpi]'" in line for line in section_of(done.stdout, "optional" if torch else "to be fixed"))
+    assert any("pip install --editable '.[mpi]'" in line for line in section_of(done.stdout, "optional" if torch else "to be fixed"))
 
 
 OPTIONAL = "cuda", "cupy", "mscclpp", "torch", "tabulate", "tqdm", "matplotlib", "cuda.bindings", "numba_cuda"
@@ -132,7 +133,7 @@ importlib.metadata.version = of_cpu"""
     assert line_of(done.stdout, "for PyTorch") == "not installed: torch (needed for its tensors)"
     assert line_of(done.stdout, "MSCCL++").startswith("MSCCL++ is not installed")
     wanted = section_of(done.stdout, "optional")
-    for fix in ("pyep[cuda]", "pyep[torch]", "pyep[bench]", "git+https://github.com/microsoft/mscclpp"):
+    for fix in ("'.[cuda]'", "'.[torch]'", "'.[bench]'", "git+https://github.com/microsoft/mscclpp"):
         assert any(fix in line for line in wanted), wanted
 
 
@@ -156,7 +157,7 @@ def test_a_needed_package_is_missing(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = software.packages(software.GROUPS[0])
-    assert found.fix == "pip install pyep" and not found.optional and "not installed: numpy, numba" in found.found
+    assert found.fix.startswith("pip install --editable .  #") and not found.optional and "not installed: numpy, numba" in found.found
 
 
 @pytest.mark.parametrize("driver, device, optional", [(False, "", True), (True, "", False), (True, "cpu", True)])
@@ -230,7 +231,7 @@ def test_a_library_of_a_toolkit(monkeypatch):
         return SimpleNamespace(abs_path="/toolkit/libnvvm.so")
     monkeypatch.setitem(sys.modules, "cuda.pathfinder", SimpleNamespace(load_nvidia_dynamic_lib=load))
     group = software.GROUPS[1]
-    for missing, fix in (["nvidia-nvvm"], ""), (["nvidia-nvvm", "nvidia-nvjitlink"], "pip install 'pyep[cuda]'"):
+    for missing, fix in (["nvidia-nvvm"], ""), (["nvidia-nvvm", "nvidia-nvjitlink"], install("cuda")):
         monkeypatch.setattr(software, "version_of", lambda name: None if name in missing else "1.0")
         finding = software.packages(group)
         assert "nvidia-nvvm /toolkit/libnvvm.so" in finding.found and finding.fix == fix

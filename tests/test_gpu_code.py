@@ -25,6 +25,8 @@ import test_port  # noqa: E402
 from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: E402
 
 from pyep.kernels import cuda, lang  # noqa: E402
+from pyep.kernels.collectives import compiled as compiled_anew  # noqa: E402
+from pyep.kernels.collectives import has_collectives  # noqa: E402
 from pyep.kernels.cpu import CpuEngine  # noqa: E402
 from pyep.kernels.lang import ld4_nc_if, ld8_nc_if, ld8_relaxed_if, st8  # noqa: E402
 from pyep.kernels.op import Op, bind  # noqa: E402
@@ -269,12 +271,13 @@ def used(log):
 
 def test_every_kernel_file_is_known():
     """A new file of kernels must be added here: to COMPILED, if it has kernels of its own."""
-    tools = {"__init__", "basics", "bytecode", "cache", "cpu", "cuda", "lang", "llvm", "op"}
+    tools = {"__init__", "basics", "cache", "collectives", "cpu", "cuda", "lang", "llvm", "op"}
     files = {file.stem for file in pathlib.Path(cuda.__file__).parent.glob("*.py")}
     assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
-                             "low_latency_dispatch", "low_latency_listing", "low_latency_reduce", "low_latency_ship",
-                             "low_latency_sums", "low_latency_units", "low_latency_unpack", "quantize", "intranode",
-                             "intranode_layout", "intranode_notify", "intranode_dispatch", "intranode_combine"}
+                             "low_latency_dispatch", "low_latency_escapes", "low_latency_listing", "low_latency_reduce",
+                             "low_latency_ship", "low_latency_slots", "low_latency_sums", "low_latency_units",
+                             "low_latency_unpack", "quantize", "intranode", "intranode_layout", "intranode_notify",
+                             "intranode_dispatch", "intranode_combine"}
 
 
 @pytest.mark.parametrize("shape", [DEPLOYED, SHAPES["large"][0]], ids=["deployed", "large"])
@@ -326,7 +329,8 @@ SUMS = ["fma.rn.f32", "cvt.rn.bf16x2.f32"]
 PORTS = ["st.release.sys.global.v2.u64", "atom.acq_rel.gpu.global.add.u64", "ld.acquire.sys.global.s64"]     # triggers, arrivals
 COUNTS = ["atom.relaxed.gpu.global.add.u64"]                                # of lists; of packets, and of places in a FIFO
 DIVISION = "div.rn.f32"
-QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", "cvt.rn.satfinite.e4m3x2.f32", "st.relaxed.sys.global.u32"]
+QUANTIZING = ["max.xorsign.abs.bf16x2", "shfl.sync.bfly.b32", "cvt.rn.satfinite.e4m3x2.f32"]
+SCALES_SENT = ["st.relaxed.sys.global.u32"]                                 # of FP8; of bf16 escapes
 
 MEANT = {
     ("dispatch", "send"): [ROWS_READ, ROWS_SENT, WORDS_SENT, *CONSUMED, *LISTS],
@@ -352,6 +356,7 @@ def test_ptx_is_for_the_gpu_and_the_block(case):
 @cases()
 def test_ptx_has_what_is_meant(case):
     meant = GIVING_UP + OVERLAP + SUMS * case.sums + QUANTIZING * case.quantizes + PORTS * case.ports + COUNTS * case.counts
+    meant = meant + SCALES_SENT * (case.operation == "dispatch" and "send" in case.roles)
     for role in case.roles:
         meant = meant + MEANT[case.operation, role]
     assert [instruction for instruction in meant if instruction not in case.code.ptx] == []
@@ -364,6 +369,26 @@ def test_ptx_has_only_what_is_meant(case):
     for role in OF_ONE_ROLE.keys() - case.roles:
         absent = absent + OF_ONE_ROLE[role]
     assert [instruction for instruction in absent if instruction in case.code.ptx] == []
+
+
+def barriers_of(fn):
+    """How many barriers of the block are in the source of a function and of those that it calls."""
+    if isinstance(fn, Op):
+        return int(fn.__name__ in ("syncthreads", "syncthreads_or"))
+    if not isinstance(fn, FunctionType) or not has_collectives(fn):
+        return 0
+    _, calls = compiled_anew(fn.__code__)
+    return sum(n * barriers_of(fn.__globals__.get(name)) for name, n in calls.items())
+
+
+def barriers_in(text):
+    return len(re.findall(r"\bbar\.(?:sync|red)", text))
+
+
+@cases()
+def test_no_barrier_is_there_twice(case):
+    """Neither Python nor LLVM copies any; those of other roles and modes are gone."""
+    assert 0 < barriers_in(case.code.ptx) <= barriers_of(case.launch.fn)
 
 
 @cases()

@@ -1,8 +1,10 @@
-"""High-throughput layout, dispatch and combine against the oracle, bit for bit, on real MPI ranks."""
+"""High-throughput layout, dispatch and combine against the oracle, bit for bit, on real MPI ranks.
+
+test_high_throughput_memory: results in little memory; test_high_throughput_opaque: rows and scales of all types and strides.
+"""
 import dataclasses
 import functools
 import os
-import re
 import time
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
-from pyep import Buffer, EPBufferTooSmallError, EPClosedError, EPError, EPRoutingError, layout
+from pyep import Buffer, EPClosedError, EPRoutingError, layout
 from pyep.channels.memory import LAST_EPOCH
 from pyep.config import Config
 
@@ -315,77 +317,6 @@ def test_memory_comes_back():
     ranks.run(2, thousands, 3000)
 
 
-def too_small(comm, num_nvl_bytes):
-    """Every rank gets all tokens of all: more than there is room for, on all ranks alike."""
-    rows, me = 30 * comm.size, comm.rank
-    made = Case(1, (30,) * comm.size, 4096, 4 * comm.size, comm.size, "all ranks").make()
-    with make_high_throughput_buffer(comm, num_nvl_bytes) as buf:
-        with pytest.raises(EPBufferTooSmallError) as caught:
-            dispatch(buf, made)
-        text = str(caught.value)
-        assert f"num_nvl_bytes is {num_nvl_bytes}" in text, text
-        needed = [int(n) for n in re.findall(r"\d+", text)]
-        assert any(rows * 8192 <= n < rows * 8192 * 2 for n in needed), text
-        if num_nvl_bytes:
-            run_round(buf, plain(2, (9,) * comm.size))           # there is room for this one
-    call = re.search(r"Buffer\.get_high_throughput_size_hint\(.*?\)", text)[0]
-    with make_high_throughput_buffer(comm, eval(call, dict(Buffer=Buffer))) as buf:
-        got = dispatch(buf, made)
-        assert_dispatched(got, made.dispatched[me], me)
-        buf.combine(got[0], got[4])[2].synchronize()
-
-
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("num_nvl_bytes", [0, 2**16])
-def test_heap_too_small(n, num_nvl_bytes):
-    """The message has the bytes given, the bytes needed and the call that computes enough; and they suffice."""
-    ranks.run(n, too_small, num_nvl_bytes)
-
-
-def full_of_results(comm):
-    """Results are held until there is no room, on all ranks at once, since all get the same; dropped, they make room again."""
-    me, made = comm.rank, plain(1, (60,) * comm.size, routing="all ranks").make()
-    with make_high_throughput_buffer(comm, 2**17) as buf:
-        held = []
-        with pytest.raises(EPBufferTooSmallError, match="hold .*Drop results"):
-            while len(held) < 100:
-                held.append(dispatch(buf, made))
-        assert len(held) >= 2
-        for got in held:
-            assert_dispatched(got, made.dispatched[me], me)
-        before = len(held)
-        del held, got
-        held = [dispatch(buf, made) for _ in range(before)]      # as many as before
-        for got in held:
-            assert_dispatched(got, made.dispatched[me], me)
-        del held[1:], got
-        assert_combined(combine(buf, made, held[0][4]), made.combined[me])
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_heap_full_of_results(n):
-    ranks.run(n, full_of_results)
-
-
-def one_is_too_small(comm):
-    """All tokens go to rank 1, which has no room for them; rank 0 would have."""
-    case = Case(1, (60,) * comm.size, 1024, 4 * comm.size, 2, "one rank")
-    buf = make_high_throughput_buffer(comm, 2**16, timeout_s=2)
-    run_round(buf, dataclasses.replace(case, tokens=(2, 2)))     # the shape is known now
-    start = time.monotonic()
-    with pytest.raises(EPBufferTooSmallError if comm.rank == 1 else EPError):
-        dispatch(buf, case.make())
-        run_round(buf, case)                                     # where a rank that sends hears of it later
-    comm.barrier()
-    assert time.monotonic() - start < 10
-    buf.destroy()
-
-
-def test_heap_too_small_on_one_rank():
-    """It says so, and the others do not hang."""
-    ranks.run(2, one_is_too_small)
-
-
 # ---- rows for the worst ------------------------------------------------------------------------------------------------
 
 def too_few_rows(comm, short):
@@ -515,7 +446,7 @@ def test_thousand_rounds_with_an_idle_rank():
 
 def latest_epoch(buf):
     region = layout.control(buf.group_size)["ht_epoch"]
-    return int(down(buf.get_local_buffer_tensor("int64", (1,), region.offset, use_rdma_buffer=True))[0])
+    return int(down(buf.symmetric_memory("int64", (1,), region.offset))[0])
 
 
 def rounds_from_epoch(comm, epoch):

@@ -1,4 +1,4 @@
-"""High throughput with ranks that do not come, die, or do something else: every wait ends, the error says what was waited for."""
+"""High throughput with ranks that do not come, die, refuse, or do something else: every wait ends, the error says why."""
 import functools
 import os
 import re
@@ -6,7 +6,7 @@ import time
 
 import pytest
 import ranks
-from engine import make_high_throughput_buffer, on_gpu, up
+from engine import down, make_high_throughput_buffer, on_gpu, up
 from high_throughput_case import Case, combine, dispatch, run_round, up_x
 from test_faults import BAD, PATIENT, SLACK, TIMEOUT
 
@@ -145,21 +145,110 @@ def test_a_late_rank_does_no_harm(operation):
     ranks.run(3, come_late, operation)
 
 
-def differ(comm):
-    """Rank 1 combines where rank 0 dispatches."""
-    buf, handle = warm_buffer(comm)
+# ---- a rank refuses, for a reason that only it can see -------------------------------------------------------------------
+
+REFUSES, LONG = 1, 60                                            # the rank that does; a timeout for which nobody should wait
+
+
+# By name: (what the ranks do; the others').
+CALLS = {"a combine in a cached dispatch": (cached_dispatch, one_combine),
+         "a cached dispatch in a combine": (one_combine, cached_dispatch),
+         "a combine in an exchange": (first_dispatch, one_combine), "an exchange in a combine": (one_combine, first_dispatch),
+         "rows for the worst in an exchange": (first_dispatch, worst_dispatch),
+         "an exchange among rows for the worst": (worst_dispatch, first_dispatch)}
+
+
+def refuse(comm, operation, other):
+    """All get an error in one call, long before the timeout; the text of each."""
+    buf, handle = warm_buffer(comm, LONG)
     start = time.monotonic()
+    with pytest.raises(EPError) as caught:
+        (other if comm.rank == REFUSES else operation)(buf, handle)
+        buf._connection.engine.synchronize()
+        buf._connection.check()
+    assert time.monotonic() - start < 0.5 * LONG and not isinstance(caught.value, EPTimeoutError)
+    assert not buf.is_available()
+    comm.barrier()
+    buf.destroy()
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("operation, other", CALLS.values(), ids=CALLS)
+def test_ranks_make_different_calls(n, operation, other):
+    """Nobody takes the one's data for the other's, and nobody waits for what does not come."""
+    for name, text in ranks.run(n, refuse, operation, other):
+        assert name == "EPError" and ("all ranks must make the same calls" in text or "has given up: not all ranks" in text), text
+
+
+def count_wrongly(buf, handle):
+    """Tell others fewer tokens than there are."""
+    made = made_for(buf.group_size)
+    dispatch(buf, made, num_tokens_per_rank=up(made.layout[buf.rank].num_tokens_per_rank - 1))[5].synchronize()
+
+
+def count_wrongly_for_the_worst(buf, handle):
+    made = made_for(buf.group_size).case.with_room(3).make()
+    dispatch(buf, made, num_tokens_per_rank=up(made.layout[buf.rank].num_tokens_per_rank - 1))[5].synchronize()
+
+
+def select_wrongly(buf, handle):
+    """An expert that does not exist, which only the kernel sees: on the CPU the host would."""
+    made = made_for(buf.group_size)
+    idx = made.topk_idx[buf.rank].copy()
+    idx[7, 1] = 4 * buf.group_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyep.buffer_high_throughput.check_experts", lambda *args: None)
+        dispatch(buf, made, topk_idx=up(idx))[5].synchronize()
+
+
+def lay_out_wrongly(buf, handle):
+    """The same, for a kernel that no other rank takes part in."""
+    idx = made_for(buf.group_size).topk_idx[buf.rank].copy()
+    idx[3, 2] = -2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyep.buffer_high_throughput.check_experts", lambda *args: None)
+        buf.get_dispatch_layout(up(idx), 4 * buf.group_size)[4].synchronize()
+
+
+# By what rank 1 does: (what the others do; words of its error, of theirs).
+REFUSALS = {count_wrongly: (first_dispatch, "num_tokens_per_rank of rank 1 says that .* is_token_in_rank says",
+                            "its num_tokens_per_rank"),
+            count_wrongly_for_the_worst: (worst_dispatch, "num_tokens_per_rank of rank 1", "its num_tokens_per_rank"),
+            select_wrongly: (first_dispatch, "topk_idx of rank 1 names expert [0-9]+ for token 7", "its topk_idx names an expert"),
+            lay_out_wrongly: (first_dispatch, "topk_idx of rank 1 names expert -2 for token 3", "its topk_idx names an expert")}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("fault", REFUSALS, ids=lambda fault: fault.__name__)
+def test_a_rank_refuses(n, fault):
+    """All ranks raise an EPRoutingError in that call, the one with what it saw, the others with who refused and why."""
+    operation, own, of_peer = REFUSALS[fault]
+    results = ranks.run(n, refuse, operation, fault)
+    assert {name for name, _ in results} == {"EPRoutingError"}
+    for rank, (_, text) in enumerate(results):
+        assert re.search(own if rank == REFUSES else f"rank 1 has given up: {of_peer}", text), text
+
+
+def write_nothing(comm):
+    """What other results hold stays, whoever refuses."""
+    buf = make_high_throughput_buffer(comm, HEAP, timeout_s=LONG)
+    made = made_for(comm.size)
+    held = [dispatch(buf, made) for _ in range(3)]
+    want = [down(part).copy() for got in held for part in (*got[:3], *got[4])]
+    held[1] = None                                               # the next result goes between two others
     with pytest.raises(EPError):
-        (cached_dispatch if comm.rank == 0 else one_combine)(buf, handle)
-        one_combine(buf, handle)
-    assert time.monotonic() - start < 2 * TIMEOUT + SLACK
+        (count_wrongly if comm.rank == REFUSES else first_dispatch)(buf, None)
+    parts = len(want) // 3
+    for got, before in (held[0], want[:parts]), (held[2], want[2 * parts:]):
+        for part, b in zip((*got[:3], *got[4]), before):
+            assert down(part).tobytes() == b.tobytes()
     comm.barrier()
     buf.destroy()
 
 
-def test_ranks_call_different_operations():
-    """Neither takes the one's data for the other's."""
-    ranks.run(2, differ)
+def test_a_refusal_writes_nothing_out_of_place():
+    ranks.run(2, write_nothing)
 
 
 def fail_in_user_code(comm):

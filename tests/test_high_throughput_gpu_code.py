@@ -9,31 +9,36 @@ pytest.importorskip("numba_cuda")
 from test_gpu_code import (GENERIC, GLOBAL, KNOWN, LEAVING, LOCAL, Gpu, compiled, memory_instructions, sass,  # noqa: E402
                            stretches, under_way, used)
 
-from pyep.high_throughput import COMBINE, DISPATCH, Kernels, Shape  # noqa: E402
+from pyep.high_throughput import Kernels, Shape  # noqa: E402
+from pyep.high_throughput_errors import COMBINE, DISPATCH  # noqa: E402
 
 NUM_SMS = 20
 THREADS, REGISTERS = {"combine": 768}, {"combine": 80}          # of a block that fills a multiprocessor; else 1024 of 64
 SHARED = 227 << 10                              # bytes that a block may have
 
-DEPLOYED = Shape(DISPATCH, 4, 7168, False, 8, True, 256, "exchanged")
+DEPLOYED = Shape(DISPATCH, 4, 7168, num_topk=8, weighted=True, num_experts=256, counts="exchanged")
 SHAPES = {
     "bf16": DEPLOYED,
-    "fp8": DEPLOYED._replace(fp8=True),
+    "fp8": DEPLOYED._replace(dtype="float8_e4m3fn", scale_bytes=224, scale_dtype="float32"),
+    "bytes": DEPLOYED._replace(dtype="uint8", scale_bytes=7, scale_dtype="uint8"),
+    "halves": DEPLOYED._replace(dtype="uint8", scale_bytes=14, scale_dtype="bfloat16"),
     "worst": DEPLOYED._replace(counts="worst"),
     "cached": Shape(DISPATCH, 4, 7168, counts="cached"),
-    "large": Shape(DISPATCH, 8, 5000, False, 6, False, 8 * 2047, "exchanged"),      # a row is no whole number of slices
-    "combine": Shape(COMBINE, 4, 7168, False, 8, True),
+    "large": Shape(DISPATCH, 8, 5000, num_topk=6, num_experts=8 * 2047, counts="exchanged"),  # a row is no whole number of slices
+    "combine": Shape(COMBINE, 4, 7168, num_topk=8, weighted=True),
     "large combine": Shape(COMBINE, 8, 5000),
 }
+SCALE_ITEM = {"bytes": 1, "halves": 2}          # bytes of scales that are moved at a time; else words of 4
 COMPILED = {name: [(name, kernel) for kernel in kernels] for name, kernels in {
-    "bf16": ("dispatch", "notify"), "fp8": ("dispatch",), "worst": ("notify",), "cached": ("dispatch",),
+    "bf16": ("dispatch", "notify"), "fp8": ("dispatch",), "bytes": ("dispatch",), "halves": ("dispatch",),
+    "worst": ("notify",), "cached": ("dispatch",),
     "large": ("dispatch", "notify"), "combine": ("combine",), "large combine": ("combine",)}.items()}
 
 
 def launch_of(shape, kernel):
     """The `Launch` of a kernel."""
     made = Kernels(Gpu(), SHAPES[shape].num_ranks)
-    return made.of(SHAPES[shape], 8, NUM_SMS)[kernel]
+    return made.of(SHAPES[shape], 8, SCALE_ITEM.get(shape, 4), NUM_SMS)[kernel]
 
 
 LAUNCHES = {f"{shape}-{kernel}": launch_of(shape, kernel) for pairs in COMPILED.values() for shape, kernel in pairs}
@@ -63,16 +68,19 @@ def test_any_number_of_multiprocessors():
     """As many as are asked for, as far as there are; a notify has work for one block a rank and one more."""
     made = Kernels(Gpu(), 4)
     for asked, blocks in (1, 1), (2, 2), (20, 20), (132, 132), (1000, 132):
-        launched = made.of(DEPLOYED, 8, asked)
+        launched = made.of(DEPLOYED, 8, 4, asked)
         assert (launched["dispatch"].blocks, launched["notify"].blocks) == (blocks, min(blocks, 5))
 
 
 def test_kernels_are_made_once():
-    """Whatever shapes share them: the worst and the exchanged counts, cached dispatches by handles of any mode."""
+    """Whatever shapes share them: the worst and the exchanged counts, rows of any type and as many bytes, all strides."""
     made = Kernels(Gpu(), 4)
-    first = made.of(DEPLOYED, 8, NUM_SMS)
-    assert all(a is b for a, b in zip(first.values(), made.of(DEPLOYED, 8, NUM_SMS).values()))
-    assert made.of(DEPLOYED._replace(fp8=True), 8, NUM_SMS)["notify"] is first["notify"]
+    first = made.of(DEPLOYED, 8, 4, NUM_SMS)
+    assert all(a is b for a, b in zip(first.values(), made.of(DEPLOYED, 8, 4, NUM_SMS).values()))
+    assert made.of(SHAPES["fp8"], 8, 4, NUM_SMS)["notify"] is first["notify"]
+    assert made.of(SHAPES["worst"], 8, 4, NUM_SMS)["dispatch"] is first["dispatch"]
+    as_bytes = DEPLOYED._replace(dtype="uint8", hidden=2 * 7168)
+    assert made.of(as_bytes, 8, 4, NUM_SMS)["dispatch"] is first["dispatch"]
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------

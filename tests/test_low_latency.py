@@ -1,5 +1,6 @@
 """Low-latency dispatch and combine against the oracle, bit for bit, on real MPI ranks."""
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -12,7 +13,7 @@ from engine import down, make_buffer, up
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyep import EPTimeoutError, reference
+from pyep import EPError, EPTimeoutError, reference
 from pyep.channels.memory import LAST_EPOCH
 from pyep.connection import Connection
 from pyep.kernels.cpu import CpuEngine
@@ -228,6 +229,87 @@ def two_in_flight(comm, order):
 def test_two_in_flight(order):
     """Hooks may be called in any order, while other ranks do not use them."""
     ranks.run(3, two_in_flight, order)
+
+
+@contextlib.contextmanager
+def counting_kernels(buf):
+    """A list that grows by a name with every kernel that the buffer's engine makes."""
+    engine, made = type(buf._connection.engine), []
+    right = engine.kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "kernel", lambda self, fn, *args, **more: made.append(fn.__name__) or right(self, fn, *args, **more))
+        yield made
+
+
+def another_max_each_round(comm, mode):
+    """What the kernels cost, then what is kept for results in all, and for M = 8 alone."""
+    def nbytes(results):
+        return sum(sum(a.nbytes for a in received if a is not None) for received, _ in results._turns[:2])
+    with make_buffer(comm, 8, 64, 4 * comm.size, 3) as buf, counting_kernels(buf) as made:
+        for seed, max_tokens in enumerate((5, 3, 8, 1, 7, 2, 8)):
+            tokens = tuple((seed + 3 * r) % (max_tokens + 1) for r in range(comm.size))
+            case = Case(seed, max_tokens, 64, 4 * comm.size, 3, tokens, ROUTINGS[seed % len(ROUTINGS)], "bits", np.int64, *mode)
+            run_round(buf, case, hooks=(seed % 2 == 0, seed % 3 == 0), zero_copy=seed % 2 == 0, out=seed == 3)
+            kernels = kernels if seed else len(made)             # those of the first round
+            assert len(made) == kernels, f"M = {max_tokens} has compiled {made[kernels:]}"
+        assert len(buf._results) == 1 and comm.allreduce(len(made)) == comm.size * kernels
+        results, = buf._results.values()
+        assert nbytes(results) == sum(a.nbytes for spec in (results._sets, [results._selected[:2]])
+                                      for arrays in spec for a in arrays if a is not None)
+        return nbytes(results)
+
+
+@pytest.mark.parametrize("mode", [MODES[0], ("", "rank_major", True)], ids=name_of)
+def test_another_max_each_round(mode):
+    """num_max_dispatch_tokens_per_rank may be another each time: nothing is compiled, and there is memory for the largest only."""
+    first, second = ranks.run(2, another_max_each_round, mode)
+    rows = 2 * 8 * 4 if mode == MODES[0] else 2 * 8
+    assert first == second and 2 * rows * 2 * 64 < first < 2 * rows * 2 * 64 * 2
+
+
+def results_that_grow(comm):
+    me, size = comm.rank, comm.size
+    small, large = Case(1, 2, 64, 4 * size, 3, (2,) * size), Case(2, 8, 64, 4 * size, 3, (8,) * size)
+    with make_buffer(comm, 8, 64, 4 * size, 3) as buf:
+        held = [(case, dispatch(buf, case, *case.make()[:3])) for case in (small, large)]
+        for case, got in held:
+            got.event.synchronize()
+            assert_dispatched(got, case.dispatched(*case.make()[:3])[me])
+            x, idx, w, y = case.make()
+            out, event, _ = buf.low_latency_combine(up(y[me]), up(idx[me]), up(w[me]), got.handle)
+            event.synchronize()
+            assert_same(down(out), case.combined(y, idx, w)[me], "combined_x")
+        dispatch(buf, small, *small.make()[:3])
+        with pytest.raises(ValueError, match="two more of that mode"):
+            _, idx, w, y = (up(a[me]) for a in small.make())
+            buf.low_latency_combine(y, idx, w, held[0][1].handle)
+
+
+def test_results_live_while_others_grow():
+    """Until the second next dispatch of their mode, whatever M those have."""
+    ranks.run(2, results_that_grow)
+
+
+def disagree(comm, change):
+    """After a round of either call, rank 1 makes another one than rank 0: what each is told."""
+    case = Case(1, 8, 64, 4 * comm.size, 3, (5,) * comm.size)
+    other = dataclasses.replace(case, **change)
+    with make_buffer(comm, 8, 512, 4 * comm.size, 3, timeout_s=60) as buf:
+        for known in case, other:
+            run_round(buf, known)
+        comm.Barrier()
+        started = time.monotonic()
+        with pytest.raises(EPError, match="all ranks must make the same calls") as caught:
+            run_round(buf, other if comm.rank == 1 else case)
+        assert not isinstance(caught.value, EPTimeoutError) and time.monotonic() - started < 30
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("change", [dict(max_tokens=6), dict(hidden=512), dict(layout="rank_major")], ids=str)
+def test_ranks_that_disagree_are_told(change):
+    """Of another M, another shape or another mode than the peer's, though kernels of both are known."""
+    for rank, text in enumerate(ranks.run(2, disagree, change)):
+        assert f"rank {rank} called low_latency_dispatch" in text and "another shape or mode" in text and "5 tokens" in text
 
 
 def combines_of_one_dispatch(comm):

@@ -87,7 +87,7 @@ def rounds_that_leave_nothing(comm, pair):
     buf = within.shared_buffer(comm.size)
     within.rounds(buf, pair)
     comm.Barrier()
-    memory = buf.get_local_buffer_tensor(np.uint8, use_rdma_buffer=True)[control_bytes(comm.size):]
+    memory = buf.symmetric_memory(np.uint8)[control_bytes(comm.size):]
     for half in memory, memory[buf._connection.half_bytes:]:
         assert (half[:buf._ready_bytes] == 0xFF).all()
     comm.Barrier()

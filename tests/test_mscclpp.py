@@ -13,7 +13,8 @@ from test_low_latency import name_of, pairs, rounds
 from pyep import EPTransportError
 from pyep.channels import handles, infiniband, mscclpp_package, reach
 from pyep.channels.nodes import Nodes
-from pyep.channels.transport import MpiBootstrap
+from pyep.channels.boards import open_board
+from pyep.channels.bootstrap import Bootstrap
 from pyep.choices import choose_transport
 
 SOURCE = "git+https://github.com/microsoft/mscclpp"
@@ -241,7 +242,7 @@ def one_fails(comm):
         if comm.rank == 1:
             raise RuntimeError(17, "the dog ate it")                 # as MSCCL++ does: number and words
         return x
-    transport = SimpleNamespace(_bootstrap=MpiBootstrap(comm, 10), _timeout_s=10)
+    transport = SimpleNamespace(_bootstrap=Bootstrap(open_board(None, comm), 10), _timeout_s=10)
     assert MscclppTransport._together(transport, "trying", lambda x: x + comm.rank, 40) == 40 + comm.rank
     with pytest.raises(EPTransportError) as caught:
         MscclppTransport._together(transport, "trying", step, 1)

@@ -333,8 +333,6 @@ WRONG = {
     "x of other tokens": (dict(x=X[::-1]), "its layout is of 3"),
     "topk_idx of other tokens": (dict(topk_idx=TOPK_IDX[::-1], topk_weights=None), "its layout is of 3"),
     "weights of another K": (dict(topk_weights=[w[:, :1] for w in WEIGHTS]), "topk_weights of rank 0 has shape"),
-    "few scales": (dict(x=[(np.zeros((len(x), 256), float8_e4m3fn), np.zeros((len(x), 1), np.float32)) for x in X]),
-                   "hidden is 256, with 1 scales"),
     "an expert too much": (dict(topk_idx=[idx + 1 for idx in TOPK_IDX]), "-1..3"),
 }
 

@@ -3,11 +3,10 @@ import contextlib
 import threading
 import warnings
 
-import numpy as np
 import pytest
 import ranks
 from case import Case, assert_same
-from engine import make_buffer, on_gpu
+from engine import choose_gpu, make_buffer, on_gpu
 from test_torch import numpy, tensor
 
 from pyep import arrays
@@ -257,6 +256,7 @@ def checkpoint_a_layer(comm):
     """Dispatch and combine as autograd Functions, with recomputation in the backward pass, which runs on a thread of its own."""
     from test_high_throughput_torch import functions
     from torch.utils.checkpoint import checkpoint
+    choose_gpu()
     x, idx, weights, _ = (tensor(a[comm.rank]) for a in Case(8, M, H, E * comm.size, K, (M, 5)).make())
     with make_buffer(comm, M, H, E * comm.size, K, num_nvl_bytes=HEAP) as buf:
         dispatch, combine = functions(buf)

@@ -10,11 +10,16 @@ class Benchmark:
     environment     by field (or "experts_per_rank"): the environment variable that changes the default
     iterations      by engine: how many operations in a row, or in a graph
     rows            by the name of each row of the table: the phases ("dispatch", "combine") whose bytes it moves
+    host_rows       the names of the rows of the mode "host", which have times only
     options         the names of the benchmark's own options, for the JSON
     legend          what the rows are: lines for below the table, with {iterations} to fill in
 
     Instances have no state: rank 0 reads the options and sends them to the others, the benchmark among them.
     """
+
+    def rows_of(self, mode):
+        """The rows of the table in a mode, as `rows`."""
+        return dict.fromkeys(self.host_rows, ()) if mode == "host" else self.rows
 
     def add_options(self, add):
         """Declare its own options; `add` is argparse's add_argument."""
@@ -35,7 +40,8 @@ class Benchmark:
         """The operations of a point.
 
         An object with `phases` (by name, the `traffic.Phase` of dispatch and of combine), `prepare(modes)` (compiles what is
-        timed later), `calls(mode)` (by the name of a row, the function to time) and `differences(modes)` (sentences on what
-        differs between this rank's results and the oracle's).  Collective, all of them.
+        timed later), `calls(mode)` (by the name of a row, the function to time), `differences(modes)` (sentences on what differs
+        between this rank's results and the oracle's) and `waited()` (seconds that the host has spent so far in waiting for the
+        GPU).  Collective, all but the last.
         """
         raise NotImplementedError

@@ -4,6 +4,7 @@ In a CUDA graph there is no host that could wait for counts, so dispatches for g
 rank may receive.
 """
 import functools
+import time
 
 from .. import reference
 from ..config import Config
@@ -19,6 +20,7 @@ class Operations:
         self.all_topk_idx = inputs.of_all(inputs.routing, point, args.seed, buf.group_size)
         self.phases = traffic.high_throughput(self.all_topk_idx, point.hidden, point.experts, args.dtype)
         self.received = traffic.rows_between(self.all_topk_idx, point.experts)[1].sum(0).tolist()        # rows, by rank
+        self.waits = Waits(buf)
         self.config = None if point.num_sms is None else Config(point.num_sms)
         self.x = up_tokens(library, self.tokens(buf.rank))
         self.topk_idx = library.up(self.all_topk_idx[buf.rank])
@@ -54,7 +56,11 @@ class Operations:
                 "dispatch": functools.partial(self.dispatch, handle),
                 "dispatch + exchange": functools.partial(self.exchange, mode),
                 "combine": functools.partial(self.combine, y, handle),
-                "pair": lambda: self.combine(y, self.exchange(mode)[4])}
+                "pair": lambda: self.combine(y, self.exchange(mode)[4]),
+                **({"dispatch, worst case": functools.partial(self.exchange, "graph")} if mode == "host" else {})}
+
+    def waited(self):
+        return self.waits.seconds
 
     def layout(self):
         return self.buf.get_dispatch_layout(self.topk_idx, self.point.experts)
@@ -102,6 +108,21 @@ class Operations:
         y = [self.outputs(rank, self.received[rank]) for rank in ranks]
         combined, _ = reference.combine(y, reference.make_handles(layout))[me]
         return dispatched[me], combined
+
+
+class Waits:
+    """Adds up how long the host waits, in dispatches of a `Buffer`, for the number of rows that will come."""
+
+    def __init__(self, buf):
+        self.seconds, self._wait = 0.0, buf._wait_for_counts
+        buf._wait_for_counts = self._timed
+
+    def _timed(self, *args):
+        start = time.perf_counter()
+        try:
+            return self._wait(*args)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def up_tokens(library, x):

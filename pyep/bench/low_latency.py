@@ -24,6 +24,7 @@ class LowLatency(Benchmark):
     environment = {name: f"MSCCLPP_EP_LL_{name.upper()}" for name in ("tokens", "hidden", "topk", "experts_per_rank")}
     iterations = {"cuda": 50, "cpu": 10}
     rows = {"dispatch": ("dispatch",), "combine": ("combine",), "pair": ("dispatch", "combine")}
+    host_rows = tuple(rows)
     options = "dtype", "round_scale", "ue8m0", "layout", "combine"
     legend = ("dispatch    {iterations} in a row; combine: {iterations} that reuse one dispatch output; "
               "pair: a dispatch and its combine")

@@ -42,6 +42,9 @@ class Operations:
         self.dispatch()
         self.combine()
 
+    def waited(self):
+        return 0.0                                               # no operation waits
+
     # ---- against the oracle ------------------------------------------------------------------------------------------
 
     def differences(self, modes):

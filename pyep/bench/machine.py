@@ -20,7 +20,7 @@ def describe(args, comm):
     devices = collections.Counter(comm.allgather(_gpu() if args.engine == "cuda" else _cpu()))
     hosts = len(set(comm.allgather(platform.node())))
     return {"engine": args.engine, "transport": args.transport_name, "ranks": comm.size, "hosts": hosts,
-            "devices": dict(devices), "array": args.array, "versions": _versions(args)}
+            "devices": dict(devices), "arrays": args.arrays, "versions": _versions(args)}
 
 
 def _gpu():
@@ -38,7 +38,7 @@ def _cpu():
 def _versions(args):
     mpi, version = MPI.get_vendor()
     found = {"pyep": __version__, "python": platform.python_version(), mpi: ".".join(map(str, version))}
-    for name in PACKAGES[args.engine] + ARRAY_PACKAGES[args.array]:
+    for name in (*PACKAGES[args.engine], *(name for array in args.arrays for name in ARRAY_PACKAGES[array])):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):       # installed under another name
             found[name] = importlib.metadata.version(name)
     if args.engine == "cuda":

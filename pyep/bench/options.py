@@ -6,7 +6,7 @@ import importlib.util
 import math
 from pathlib import Path
 
-from ..choices import TRANSPORTS, choose_device, choose_transport
+from ..choices import TRANSPORTS, choose_device, choose_transport, install
 from ..errors import EPTransportError
 from .points import points, sweep, whole
 
@@ -16,6 +16,7 @@ WORDS = {"tokens": "tokens of each rank", "hidden": "values of a token", "topk":
          "experts": "experts in all", "experts_per_rank": "or experts of each rank", "num_sms": "SMs of a dispatch or combine"}
 METHOD = "iterations", "repeats", "warm_up", "seed", "check", "link_gbps"                        # for the JSON
 ARRAYS = {"cpu": ("numpy", "torch"), "cuda": ("cupy", "torch")}  # by engine; the first is the default
+MODES = {"eager": ["eager"], "graph": ["graph"], "host": ["host"], "both": ["eager", "graph"], "all": ["eager", "graph", "host"]}
 LINK_GBPS = 450.0                                                # NVLink 4, one direction of one GPU
 PACKAGES = {"tabulate": "the table", "tqdm": "the progress bar", "matplotlib": "--plot"}         # the extra `bench`
 
@@ -26,6 +27,15 @@ def speed(text):
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
+def libraries(text):
+    """["cupy", "torch"] of "cupy,torch"."""
+    known, names = sorted({name for names in ARRAYS.values() for name in names}), text.split(",")
+    for name in names:
+        if name not in known or names.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected some of {', '.join(known)}, each once")
+    return names
 
 
 def add_arguments(parser, benchmark):
@@ -59,14 +69,14 @@ def _add_operation(group, benchmark):
     add = group.add_argument
     benchmark.add_options(add)
     add("--transport", choices=("auto", *TRANSPORTS), default="auto", help="default: %(default)s")
-    add("--array", choices=sorted({name for names in ARRAYS.values() for name in names}),
-        help="the library of inputs and results (default: cupy on GPUs, numpy on the CPU)")
+    add("--arrays", type=libraries, metavar="NAME,...", help="the libraries of inputs and results, one after the other: cupy and "
+        "torch on GPUs, numpy and torch on the CPU (default: the first)")
 
 
 def _add_method(group, benchmark):
     add, iterations = group.add_argument, benchmark.iterations
-    add("--mode", choices=("eager", "graph", "both"), help="one call after the other, or one CUDA graph of them (default: both on "
-        "GPUs, eager on the CPU)")
+    add("--mode", choices=MODES, help="one call after the other (eager), one CUDA graph of them (graph), the time of the host for "
+        "a call (host) (default: all on GPUs, eager on the CPU)")
     add("--iterations", type=whole, metavar="N", help="operations in a graph, or in a row (default: "
         f"{iterations['cuda']} on GPUs, {iterations['cpu']} on the CPU)")
     add("--repeats", type=whole, default=11, metavar="N", help="of the graph or the row; the median counts (default: %(default)s)")
@@ -91,9 +101,8 @@ def complete(args, num_ranks):
     except EPTransportError as error:
         raise ValueError(str(error)) from error
     on_gpu = args.engine == "cuda"
-    args.array = args.array or ARRAYS[args.engine][0]
-    mode = args.mode or ("both" if on_gpu else "eager")
-    args.modes = ["eager", "graph"] if mode == "both" else [mode]
+    args.arrays = args.arrays or [ARRAYS[args.engine][0]]
+    args.modes = MODES[args.mode or ("all" if on_gpu else "eager")]
     args.iterations = args.iterations or args.benchmark.iterations[args.engine]
     args.link_gbps = args.link_gbps or (LINK_GBPS if on_gpu else None)
     args.points = points(args, num_ranks)
@@ -105,17 +114,20 @@ def require_packages(names):
     """ValueError that says what to install, for packages that are missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"{PACKAGES[name]} needs the package {name}, which is not installed: pip install 'pyep[bench]'")
+            raise ValueError(f"{PACKAGES[name]} needs the package {name}, which is not installed: {install('bench')}")
 
 
 def check_together(args):
     """ValueError for options that do not fit each other or this machine, whatever is measured."""
-    if args.array not in ARRAYS[args.engine]:
-        raise ValueError(f"--array {args.array} is not for the {args.engine} engine; expected {' or '.join(ARRAYS[args.engine])}")
-    if "graph" in args.modes and args.engine == "cpu":
-        raise ValueError(f"--mode {args.mode} needs a GPU: the CPU engine has no graphs")
+    for name in args.arrays:
+        if name not in ARRAYS[args.engine]:
+            raise ValueError(f"--arrays {name} is not for the {args.engine} engine; expected {' or '.join(ARRAYS[args.engine])}")
+    if args.modes != ["eager"] and args.engine == "cpu":
+        raise ValueError(f"--mode {args.mode} needs a GPU: the CPU engine has no graphs, and its host does all the work")
     if args.plot and not args.sweep:
         raise ValueError("--plot draws over a swept quantity: add --sweep, for instance --sweep tokens=1,2,4,8")
+    if args.plot and args.modes == ["host"]:
+        raise ValueError("--plot draws what --mode eager and graph measure, but --mode is host")
     for file in (args.json, args.plot):
         if file and not Path(file).resolve().parent.is_dir():
             raise ValueError(f"{file}: its folder does not exist")

@@ -2,7 +2,7 @@
 import matplotlib
 
 matplotlib.use("Agg")                                            # no display
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from .report import shape
 
@@ -14,14 +14,14 @@ def draw(args, machine, results):
     (swept, values), *others = args.sweep
     figure, (latency, bandwidth) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     colors = {name: f"C{i}" for i, name in enumerate(args.benchmark.rows)}
-    for i, (label, group) in enumerate(series(results, [name for name, _ in others]).items()):
+    named = [name for name, _ in others] + ["array"] * (len(args.arrays) > 1)
+    for i, (label, group) in enumerate(series(results, named).items()):
         group.sort(key=lambda result: result[swept])
         curves(latency, bandwidth, swept, group, label, colors, STYLES[i % len(STYLES)])
         bounds(latency, swept, group, "bound" if i == 0 else None, args.benchmark.rows, colors)
     if args.link_gbps:
         bandwidth.axhline(args.link_gbps, color="black", linewidth=1, linestyle=":", label=f"link, {args.link_gbps:g} GB/s")
-    latency.set_yscale("log")
-    latency.yaxis.set_major_formatter("{x:g}")
+    in_logarithms(latency)
     bandwidth.set_ylim(bottom=0)
     finish(latency, swept, values, "microseconds, slowest rank")
     finish(bandwidth, swept, values, "wire GB/s per rank")
@@ -33,11 +33,12 @@ def draw(args, machine, results):
 
 
 def series(results, others):
-    """The results of each curve, by its label: the mode, and what the sweeps after the first say."""
+    """The results of each curve, by its label: the mode, and what the sweeps after the first say.  Not what the host needs."""
     found = {}
     for result in results:
-        label = ", ".join([result["mode"], *(f"{name} {result[name]}" for name in others)])
-        found.setdefault(label, []).append(result)
+        if result["mode"] != "host":
+            label = ", ".join([result["mode"], *(f"{name} {result[name]}" for name in others)])
+            found.setdefault(label, []).append(result)
     return found
 
 
@@ -58,6 +59,15 @@ def bounds(latency, swept, group, label, rows, colors):
     for name in first.values():
         latency.plot(x, [result[name]["bound_us"] for result in group], color=colors[name], linewidth=1, linestyle=":",
                      label=label and f"{name}, {label}")
+
+
+def in_logarithms(axes):
+    """A logarithmic y axis with numbers along it, also where all that is drawn lies between two powers of ten."""
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8) if top < 10 * bottom else ticker.LogLocator(10, (1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom, top)
 
 
 def finish(axes, swept, values, what):

@@ -11,12 +11,16 @@ WORDS = {"tokens": "{} tokens a rank", "hidden": "hidden {}", "topk": "top-{}", 
 HEADERS = ("mode", "operation", "us\nmax", "us\navg", "us\nmin", "us\nspread", "us\nbound", "selections GB/s\nper rank",
            "selections GB/s\naggregate", "wire GB/s\nper rank", "wire GB/s\naggregate")
 LEGEND = """\
-us          of one operation: the median of a rank's repeats, then max, avg and min over ranks
+us          of one operation: the median of a rank's repeats, then max, avg and min over ranks{host}
 spread      the slowest minus the fastest repeat of a rank, of the rank where it is largest
 {rows}
 bound       {bound}
 selections  bytes of all valid (token, expert) pairs, local ones too, / us max
 wire        bytes that really cross to other ranks / us max"""
+
+
+HOST = """
+host        what the host needs for a call, waiting for the GPU left out: of a repeat the median of its calls"""
 
 
 def write(args, machine, results):
@@ -43,7 +47,7 @@ def heading(args, machine):
     checked = "; results equal the oracle's, bit for bit" if args.check else ""
     title = args.benchmark.title.capitalize()
     return (f"{title}, {machine['ranks']} ranks on {machine['hosts']} host(s)\n"
-            f"engine      {args.engine} on {devices}, transport {args.transport_name}, {args.array} arrays\n"
+            f"engine      {args.engine} on {devices}, transport {args.transport_name}, {' and '.join(args.arrays)} arrays\n"
             f"versions    {versions}\n"
             f"shape       {shape(args)}\n"
             f"operation   {args.benchmark.operation(args)}{checked}\n"
@@ -58,9 +62,9 @@ def shape(args):
 
 def rows(args, results):
     """The table: a row for each point, mode and operation."""
-    swept = list(dict(args.sweep))
+    swept = list(dict(args.sweep)) + ["array"] * (len(args.arrays) > 1)
     cells = [[*(result[name] for name in swept), result["mode"], name, *numbers(result[name])]
-             for result in results for name in args.benchmark.rows]
+             for result in results for name in args.benchmark.rows_of(result["mode"])]
     return tabulate(cells, [*swept, *HEADERS], floatfmt=".2f")
 
 
@@ -77,4 +81,5 @@ def legend(args):
     bound = "memcpy of what the CPU engine copies, by all ranks at once, in this run"
     if args.link_gbps:
         bound = f"wire bytes of the busiest rank and direction / {args.link_gbps:g} GB/s"
-    return LEGEND.format(rows=args.benchmark.legend.format(iterations=args.iterations), bound=bound)
+    host = HOST * ("host" in args.modes)
+    return LEGEND.format(host=host, rows=args.benchmark.legend.format(iterations=args.iterations), bound=bound)

@@ -1,9 +1,13 @@
 """How long something takes, on all ranks at once."""
 import functools
+import time
 
 import numpy as np
 
 from . import devices, figures
+
+
+MOST_CALLS = 200                        # between waits for the GPU: behind about 1000 launches a stream makes the host wait
 
 
 def time_calls(call, mode, library, args, comm):
@@ -12,6 +16,25 @@ def time_calls(call, mode, library, args, comm):
     if mode == "graph":
         run = library.capture(run)
     return time_runs(run, library, args, comm) / args.iterations
+
+
+def time_host(call, waited, library, args, comm):
+    """Microseconds that the host needs for a call, waiting left out: [R, repeats], of each repeat the median of its calls.
+
+    The GPU is not waited for within a repeat.  waited(): seconds that the host has waited so far.
+    """
+    medians = []
+
+    def run():
+        medians.append(np.median([host_seconds(call, waited) for _ in range(min(args.iterations, MOST_CALLS))]))
+    time_runs(run, library, args, comm)                          # what the GPU needs for it is not asked for
+    return 1e6 * np.array(comm.allgather(medians[args.warm_up:]))
+
+
+def host_seconds(call, waited):
+    before, start = waited(), time.perf_counter()
+    call()
+    return time.perf_counter() - start - (waited() - before)
 
 
 def repeat(call, times):

@@ -1,4 +1,5 @@
 """What the transports between GPUs share: this rank's symmetric memory, and the words that kernels write for the host."""
+import contextlib
 import ctypes
 
 from cuda.bindings import runtime
@@ -17,27 +18,39 @@ def call(function, *args):
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@contextlib.contextmanager
+def current(gpu):
+    """Make a GPU the current one meanwhile.  Errors are ignored."""
+    _, before = runtime.cudaGetDevice()                          # in no thread of its own: the interpreter may be ending
+    runtime.cudaSetDevice(gpu)
+    try:
+        yield
+    finally:
+        runtime.cudaSetDevice(gpu if before is None else before)
+
+
 class Memory:
     """GPU memory of this rank.  It is freed once nobody refers to it, no array of a result either, if all ranks have let go of it;
     else a peer may still write, and it goes with the process."""
 
     def __init__(self, nbytes):
-        self.may_be_freed = False
+        self.may_be_freed, self._gpu = False, call(runtime.cudaGetDevice)
         self.address = call(runtime.cudaMalloc, nbytes)
         call(runtime.cudaMemset, self.address, 0, nbytes)
         call(runtime.cudaDeviceSynchronize)
 
-    def __del__(self, free=runtime.cudaFree):
+    def __del__(self, free=runtime.cudaFree, current=current):
         if self.may_be_freed:
-            free(self.address)
+            with current(self._gpu):
+                free(self.address)
 
 
 class GpuTransport(Transport):
     """A transport whose symmetric memory is the current GPU's."""
 
-    def __init__(self, nodes, nbytes):
-        self.nodes, self.nbytes = nodes, nbytes
-        self.memory = self._pinned = None
+    def __init__(self, nodes, nbytes, timeout_s, queue_pairs):
+        self.nodes, self.nbytes, self._timeout_s, self._queue_pairs = nodes, nbytes, timeout_s, queue_pairs
+        self._gpu, self.memory, self._pinned = call(runtime.cudaGetDevice), None, None
 
     def _allocate(self, nbytes):
         """Make `memory`, of that many bytes, all 0, and the words that kernels write for the host."""
@@ -50,10 +63,18 @@ class GpuTransport(Transport):
         self.status = int(call(runtime.cudaHostGetDevicePointer, self._pinned, 0))
         self.answers = self.status + 8 * len(RECORD)
 
-    def _free(self, all_here):
-        """all_here: whether all ranks have let go of this rank's memory."""
+    def drop(self):
+        """A GPU's memory is freed and unmapped by calls that may wait for the GPU, or break a graph that is being captured."""
+        return [self._wait_for_gpu, *self.parting(False)]
+
+    def _wait_for_gpu(self):
+        with current(self._gpu):
+            runtime.cudaDeviceSynchronize()                      # errors are ignored, here and below
+
+    def _free(self):
+        """All ranks have let go of this rank's memory: it is freed once no array of a result lies in it."""
         if self.memory is not None:
-            self.memory.may_be_freed = all_here
+            self.memory.may_be_freed = True
         if self._pinned is not None:
             runtime.cudaFreeHost(self._pinned)                   # errors are ignored: after a kernel fault every call fails
         self.memory = self._pinned = None

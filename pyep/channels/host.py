@@ -32,11 +32,15 @@ class HostTransport(Transport):
     """Shared memory of a host's processes, and MPI."""
 
     name = "host"
+    parts_in_stages = False
 
-    def __init__(self, bootstrap, nodes, nbytes, timeout_s, queue_pairs):
-        self.nodes, self.nbytes, self._timeout_s, self._ports = nodes, nbytes, timeout_s, None
-        channels_at = align(nbytes)
-        self._map_all(bootstrap, channels_at + self.channel_bytes(bootstrap.size), timeout_s)
+    def __init__(self, nodes, nbytes, timeout_s, queue_pairs):
+        self.nodes, self.nbytes, self._timeout_s, self._queue_pairs = nodes, nbytes, timeout_s, queue_pairs
+        self._bytes, self._ports, self.memory = [], None, None
+
+    def connect(self, bootstrap):
+        channels_at = align(self.nbytes)
+        self._map_all(bootstrap, channels_at + self.channel_bytes(bootstrap.size))
         self.peers = [0 if b is None else b.ctypes.data for b in self._bytes]
         self.base = self.peers[bootstrap.rank]
         self._own = self.memory = self._bytes[bootstrap.rank]
@@ -45,44 +49,48 @@ class HostTransport(Transport):
         self.make_channels(channels_at)
         self.ports = [0] * bootstrap.size
         if self.nodes.count > 1:
-            self._open_ports(bootstrap, queue_pairs)
+            self._open_ports(bootstrap)
 
-    def _map_all(self, bootstrap, nbytes, timeout_s):
+    def _map_all(self, bootstrap, nbytes):
         """Make this rank's memory, and map that of its node's other ranks."""
         nbytes += -nbytes % mmap.PAGESIZE
         fd, path, named = _anonymous_file(nbytes)
         try:
-            paths = bootstrap.allgather(path, timeout_s, "Buffer: exchanging shared memory")
-            self._maps = [self._map(fd if r == bootstrap.rank else None, p, nbytes, r) if self.nodes.holds(r) else None
-                          for r, p in enumerate(paths)]
-            bootstrap.meet(timeout_s, "Buffer: mapping the peers' shared memory")
+            paths = bootstrap.allgather(path, self._timeout_s, "Buffer: exchanging shared memory")
+            for rank, theirs in enumerate(paths):
+                here = self.nodes.holds(rank)
+                self._bytes.append(self._map(fd if rank == bootstrap.rank else None, theirs, nbytes, rank) if here else None)
+            bootstrap.meet(self._timeout_s, "Buffer: mapping the peers' shared memory")
         finally:
             os.close(fd)
             if named:
                 os.unlink(path)
-        self._bytes = [None if m is None else np.frombuffer(m, np.uint8) for m in self._maps]
 
     @staticmethod
     def _map(fd, path, nbytes, rank):
+        """A rank's memory as an array of bytes, which keeps it mapped."""
         try:
             theirs = os.open(path, os.O_RDWR) if fd is None else os.dup(fd)
         except OSError as error:
             raise EPTransportError(f"cannot open the shared memory of rank {rank} ({path}): {error}. Ranks must run as one user "
                                    "in one container (one PID namespace)") from error
         try:
-            return mmap.mmap(theirs, nbytes)
+            return np.frombuffer(mmap.mmap(theirs, nbytes), np.uint8)
         finally:
             os.close(theirs)
 
-    def _open_ports(self, bootstrap, queue_pairs):
+    def _open_ports(self, bootstrap):
         require_port_offsets(self.nbytes)
-        settings = dict(PYEP_NUM_PROXIES=num_proxies(), num_qps_per_rank=channels_per_peer(queue_pairs))
+        settings = dict(PYEP_NUM_PROXIES=num_proxies(), num_qps_per_rank=channels_per_peer(self._queue_pairs))
         require_same_settings(bootstrap, settings, self._timeout_s)
-        comm = bootstrap.duplicate(self._timeout_s)
+        if not hasattr(bootstrap.board, "lane"):
+            raise EPTransportError("between nodes the CPU engine needs an MPI communicator, since its ports send through MPI: pass "
+                                   "comm= instead of group=")
         from .host_ports import HostPorts                        # which needs an MPI library
+        lane = bootstrap.board.lane(bootstrap, self._timeout_s)
         at = control(bootstrap.size)["failed"].offset
         failed = self._own[at:at + WORD].view(np.int64)
-        self._ports = HostPorts(comm, self.nodes, self._own[:self.nbytes], failed, queue_pairs)
+        self._ports = HostPorts(bootstrap.board.comm, lane, self.nodes, self._own[:self.nbytes], failed, self._queue_pairs)
         self.ports = self._ports.ports
         self._ports.start()
 
@@ -99,8 +107,20 @@ class HostTransport(Transport):
     def port_state(self, rank):
         return self._ports.state(rank)
 
-    def close(self, meet):
-        all_here = meet()
+    def parting(self, failed):
+        """Only ports wait for anything.  Memory need not: the system frees it with the last mapping."""
+        def let_go():
+            if self._ports is not None:
+                self._ports.close(failed, self._timeout_s)
+            self._let_go()
+        return [let_go]
+
+    def drop(self):
         if self._ports is not None:
-            self._ports.close(all_here, self._timeout_s)
-        self._own = self.memory = self._bytes = self._maps = self._ports = None             # unmapped with the last reference to it
+            self._ports.end()
+        self._let_go()
+        return []
+
+    def _let_go(self):
+        """Unmapped with the last reference to it."""
+        self._own = self.memory = self._bytes = self._ports = None

@@ -5,7 +5,8 @@ was *released*, what was stored before it has come too.  *Data* announces itself
 words is the absence value; who reads it puts that value back, so that the slot is ready for the next sender.
 
 Every wait ends.  The first thread of a rank whose wait lasts longer than the timeout writes a record for the host, and all
-waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.
+waits of the rank then give up: the kernel returns, with garbage for results, and the host raises.  A rank that gives up for a
+reason of its own may tell its peers (`refuse`): their waits, which would last to the timeout, then end too.
 
 `watch` is (address of the own symmetric memory, timeout in ns, epoch of the operation); `wait` is the number of what is waited for
 (see `WAITS` in `pyep.low_latency` and `pyep.high_throughput`), `source` the rank that owes it.
@@ -15,6 +16,8 @@ from ..kernels.lang import (absence, absent, clock_ns, ld4_relaxed_if, ld8, ld8_
 from ..kernels.op import rare
 
 STATUS = FAILED = PEERS = 0                     # offsets in the symmetric memory, see pyep.layout.control
+REFUSED = 0                                     # likewise, of a word for each rank, a line apart; 0: these kernels never refuse
+RANKS = LINE = PEER_REFUSED = 0                 # of kernels that do: the ranks; bytes of a line; the number of such an end
 
 ABSENT, ABSENT4 = -1, 0xFFFFFFFF                # a word of 8 bytes, of 4 bytes, that has not come
 LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and start over: neither 0 nor 0xffffffff is one
@@ -68,6 +71,27 @@ def report(watch, wait, source, address, expected, seen):
         st8_release(status, 1)
 
 
+@rare
+def refuse(watch, me, reason, source, expected, seen):
+    """Give up for a reason of this rank's own, a number as of waits, and tell all ranks: from this epoch on they wait in vain."""
+    base, _, epoch = watch
+    report(watch, reason, source, base, expected, seen)
+    for rank in range(RANKS):
+        st8_relaxed(peer(base, rank) + REFUSED + LINE * me, epoch << 32 | reason)
+
+
+def peer_has_refused(watch):
+    """1 if another rank has told that it gave up, of which the host is told then; else 0."""
+    base, _, epoch = watch
+    refused = 0
+    for rank in range(RANKS):
+        word = ld8_relaxed(base + REFUSED + LINE * rank)
+        if word != 0 and reached(epoch, (word >> 32) & 0xFFFFFFFF):    # what comes before it has been done
+            report(watch, PEER_REFUSED, rank, base, 0, word & 0xFFFFFFFF)
+            refused = 1
+    return refused
+
+
 def patience(deadline, watch, wait, source, address, expected, seen):
     """A waiting thread calls this now and then: its deadline (0: none set yet), or -1 when it must give up."""
     base, timeout, _ = watch
@@ -75,7 +99,7 @@ def patience(deadline, watch, wait, source, address, expected, seen):
     if deadline == 0:
         deadline = now + timeout
     pause(1 if now - (deadline - timeout) > LONG_NS else 0)
-    if ld8_relaxed(base + FAILED) != 0:
+    if ld8_relaxed(base + FAILED) != 0 or REFUSED != 0 and peer_has_refused(watch) != 0:
         return -1
     if now > deadline:
         report(watch, wait, source, address, expected, seen)

@@ -3,7 +3,6 @@
 Ranks of a node map each other's memory, through CUDA IPC.  To all others there are PortChannels: a kernel pushes triggers, and a
 *proxy*, a thread of MSCCL++, moves the bytes, through InfiniBand to other hosts and through CUDA IPC to other nodes of this host.
 """
-import atexit
 import weakref
 
 import numpy as np
@@ -28,16 +27,14 @@ class MscclppTransport(GpuTransport):
 
     name = "mscclpp"
 
-    def __init__(self, bootstrap, nodes, nbytes, timeout_s, queue_pairs):
-        super().__init__(nodes, nbytes)
-        self._bootstrap, self._timeout_s = bootstrap, timeout_s
-        self._objects = Objects(call(runtime.cudaGetDevice))
+    def __init__(self, nodes, nbytes, timeout_s, queue_pairs):
+        super().__init__(nodes, nbytes, timeout_s, queue_pairs)
+        self._objects = Objects(self._gpu)
         self._end = weakref.finalize(self, self._objects.end)    # also when the interpreter ends
-        try:
-            self._connect(self._agreed_kinds(queue_pairs), channels_per_peer(queue_pairs))
-        except Exception:
-            self.close(lambda: False)
-            raise
+
+    def connect(self, bootstrap):
+        self._bootstrap = bootstrap
+        self._connect(self._agreed_kinds(), channels_per_peer(self._queue_pairs))
 
     # ---- connecting: every step that may fail on one rank alone is taken by all together -------------------------------
 
@@ -55,10 +52,10 @@ class MscclppTransport(GpuTransport):
             raise EPTransportError(f"{what} failed on rank {failed[0]}: {errors[failed[0]]}")
         return result
 
-    def _agreed_kinds(self, queue_pairs):
+    def _agreed_kinds(self):
         """How this rank reaches each rank, see `kinds_of`; ValueError unless all ranks have the same settings."""
         settings = dict(PYEP_PORT_TRANSPORT=port_transport(), PYEP_NUM_PROXIES=num_proxies(),
-                        num_qps_per_rank=channels_per_peer(queue_pairs))
+                        num_qps_per_rank=channels_per_peer(self._queue_pairs))
         require_same_settings(self._bootstrap, settings, self._timeout_s)
         hosts = self._bootstrap.allgather(host_identity(), self._timeout_s, "Buffer: comparing hosts")
         return kinds_of(hosts, self.nodes, port_transport())
@@ -117,14 +114,9 @@ class MscclppTransport(GpuTransport):
     def port_state(self, rank):
         return ", ".join(f"proxy {i}: {self._objects.proxies[i].state()}" for i in self._proxies_of[rank])
 
-    def close(self, meet):
-        self._end.detach()
-        self._objects.stop()
-        if meet():                                               # now no proxy of any rank writes here
-            self._objects.drop()
-        else:
-            atexit.register(self._objects.drop)                  # a peer may still signal: what that writes to stays to the end
-        self._free(meet())
+    def parting(self, failed):
+        """Once all have stopped their proxies, none writes here any more; once all have dropped theirs, none maps this memory."""
+        return [self._objects.stop, self._end, self._free]
 
 
 def attempt(function, *args):

@@ -5,7 +5,6 @@ So no module keeps any, nor does an exception, and `Objects` says when they go. 
 interpreter lock and has no time limit: it is made only once all ranks are known to have sent what it waits for.
 """
 import concurrent.futures
-import contextlib
 import ctypes
 import struct
 import time
@@ -13,7 +12,7 @@ import time
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
-from .gpu import call
+from .gpu import call, current
 from .handles import MAX_MEMORIES, MAX_SEMAPHORES, TRIGGER_BYTES, TRIGGERS, decode
 from .mscclpp_package import require_port_handle
 
@@ -187,8 +186,9 @@ class Objects:
 
     def stop(self):
         """End the proxies' threads; idempotent."""
-        for proxy in self.proxies.values():
-            proxy.stop()
+        with current(self._gpu):
+            for proxy in self.proxies.values():
+                proxy.stop()
 
     def drop(self):
         """Let go of everything, peers' memory included; idempotent.
@@ -208,17 +208,6 @@ class Objects:
             if self.proxies or self.channels:
                 runtime.cudaDeviceSynchronize()
             self.drop()
-
-
-@contextlib.contextmanager
-def current(gpu):
-    """Make a GPU the current one meanwhile.  Errors are ignored."""
-    _, before = runtime.cudaGetDevice()                          # in no thread of its own: the interpreter may be ending
-    runtime.cudaSetDevice(gpu)
-    try:
-        yield
-    finally:
-        runtime.cudaSetDevice(gpu if before is None else before)
 
 
 def require_room(memories, semaphores):

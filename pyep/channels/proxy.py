@@ -15,6 +15,7 @@ IN_FLIGHT = 64                          # messages to a peer that MPI has not se
 # second, then long ones: it then costs some percent of a core.
 YIELDS, SHORT_NAPS = 20, 5000
 NAP_S, LONG_NAP_S = 20e-6, 500e-6
+END_S = 1.0                             # how long `end` waits for the thread, which then ends by itself
 PR_SET_TIMERSLACK = 29
 
 
@@ -32,7 +33,7 @@ class Proxy:
         self.links, self.error = links, None
         self._fifo, self._failed, self._last = fifo, failed, None
         self._thread, self._stopping, self._ended = None, False, False
-        self._leaving = self._said_goodbye = False
+        self._leaving, self._said_goodbye, self._until = False, False, (0, 0)
 
     # ---- the thread's life -----------------------------------------------------------------------------------------------
 
@@ -52,17 +53,25 @@ class Proxy:
         if self.runs:
             self._thread.join()
 
-    def finish(self, timeout_s):
-        """Serve what is in the FIFO, say goodbye to all peers, wait for theirs, and end: whether that went well in time."""
-        self._leaving = True
+    def leave(self, patience_s, timeout_s):
+        """Serve what is in the FIFO, say goodbye to all peers, wait for theirs, and end; does not wait for that.
+
+        Without the peers' goodbyes it ends after patience_s if all is sent, after timeout_s if not.
+        """
+        now = time.monotonic()
+        self._until, self._leaving = (now + patience_s, now + timeout_s), True
+
+    def join(self, timeout_s):
+        """Wait until the thread has ended, but no longer than `timeout_s`."""
         if self.runs:
             self._thread.join(timeout_s)
-        return self._all_closed() and self.error is None
+        if not self.runs:
+            self._release()
 
     def drain(self, timeout_s):
         """Wait until what was pushed is sent, but no longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while self.runs and not (self._fifo.empty and not any(link.in_flight for link in self.links)):
+        while self.runs and not self._all_sent():
             if time.monotonic() > deadline:
                 break
             time.sleep(1e-3)
@@ -70,11 +79,8 @@ class Proxy:
     def end(self):
         """Stop for good; idempotent.  What peers still send is lost."""
         self._stopping = self._ended = True
-        if self._thread is threading.current_thread():           # garbage collection in the thread itself: see `_run`
-            return
-        self.stop()
-        for link in self.links:
-            link.release()
+        if self._thread is not threading.current_thread():       # else garbage is collected in the thread itself: see `_run`
+            self.join(END_S)
 
     def state(self):
         """What to know of it when a peer does not answer."""
@@ -87,19 +93,30 @@ class Proxy:
         wake_in_time()
         idle = 0
         try:
-            while not (self._stopping or self._all_closed()):
+            while not (self._stopping or self._all_closed() or self._has_waited()):
                 idle = 0 if self._work() else idle + 1
                 rest(idle)
         except Exception as error:
             self.error = error
             self._failed[0] = 1
-        if self._ended:
-            for link in self.links:
-                link.release()
+        if self._ended or self._leaving:
+            self._release()
+
+    def _release(self):
+        for link in self.links:
+            link.release()
+
+    def _all_sent(self):
+        return self._fifo.empty and not any(link.in_flight for link in self.links)
 
     def _all_closed(self):
         """Whether all is sent and received, goodbyes included."""
         return self._said_goodbye and all(link.closed and not link.in_flight for link in self.links)
+
+    def _has_waited(self):
+        """Whether this one leaves, and the peers' goodbyes are not waited for any more."""
+        patience, end = self._until
+        return self._leaving and time.monotonic() > (patience if self._all_sent() else end)
 
     def _work(self):
         """Serve what there is: whether there was anything."""

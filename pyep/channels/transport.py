@@ -1,13 +1,9 @@
-"""The interface of a transport, and how ranks find and meet each other on the host."""
-import itertools
+"""The interface of a transport, and the settings that all ranks must share."""
 import os
-import pickle
-import time
-from datetime import timedelta
 
 import numpy as np
 
-from ..errors import EPTimeoutError, EPTransportError
+from ..errors import EPTransportError
 from ..layout import LINE, WORD
 from .handles import MAX_OFFSET, memory_handle
 
@@ -16,7 +12,8 @@ class Transport:
     """Symmetric memory: `nbytes` on every rank.  A peer of this rank's node is *mapped*: its memory has an address here.  To any
     other, a *port peer*, there is a PortChannel.
 
-    Made collectively, by (bootstrap, nodes, nbytes, timeout_s, queue_pairs); queue_pairs: the most PortChannels to one peer.
+    Made by (nodes, nbytes, timeout_s, queue_pairs), and then connected, collectively; queue_pairs: the most PortChannels to one
+    peer.  Whatever comes of that, `parting` is the end.
 
     nodes: which ranks are mapped, `pyep.channels.nodes.Nodes`.
     nbytes: as it was asked for; puts must stay inside.
@@ -26,13 +23,18 @@ class Transport:
         another.  Handles are those of `pyep.channels.handles`, in memory that kernels read.
     orders_puts: whether a put is visible to a port peer before later puts of its channel.  Before later signals it always is.
     copies_by_kernels: whether a port peer's rank shares this GPU: puts to it are then kernels, which need room beside pyep's.
+    parts_in_stages: whether some memory may be freed only when the other ranks have let go of it.
     memory: an object that keeps this rank's memory while it is referred to, also beyond `close`, for arrays that lie in it.
     status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
     answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
     """
 
     name = ""
-    orders_puts, copies_by_kernels = True, False
+    orders_puts, copies_by_kernels, parts_in_stages = True, False, True
+
+    def connect(self, bootstrap):
+        """Make the memory, and connect it with that of the other ranks of a `Bootstrap`."""
+        raise NotImplementedError
 
     def fill(self, offset, nbytes, value):
         """Set bytes of the own memory to `value` and wait until it is done."""
@@ -78,11 +80,15 @@ class Transport:
             if offset + nbytes > self.nbytes:
                 raise ValueError(f"{name} is {offset} and nbytes {nbytes}: beyond the {self.nbytes} bytes of symmetric memory")
 
-    def close(self, meet):
-        """Unmap the peers' memory, call `meet()`, and if that says that all ranks have come, free the own memory.
+    def parting(self, failed):
+        """The steps by which this rank lets go of everything, see `pyep.channels.parting`; idempotent, and none fails.
 
-        Idempotent, does not fail.
+        failed: whether it is after an error: then nothing waits for what was pushed to be served.
         """
+        raise NotImplementedError
+
+    def drop(self):
+        """For finalizers: let go of what can be let go of without a wait.  The steps that are left, which others take later."""
         raise NotImplementedError
 
 
@@ -102,9 +108,9 @@ def require_port_offsets(nbytes):
                                "num_rdma_bytes and num_nvl_bytes smaller")
 
 
-def require_same_settings(bootstrap, settings, timeout_s):
+def require_same_settings(bootstrap, settings, timeout_s, what="settings of ports"):
     """ValueError, on every rank, unless all have the same settings, a dict of values by name.  Collective."""
-    told = bootstrap.allgather(settings, timeout_s, "Buffer: comparing settings of ports")
+    told = bootstrap.allgather(settings, timeout_s, f"Buffer: comparing {what}")
     for name in settings:
         values = [theirs[name] for theirs in told]
         if len(set(values)) > 1:
@@ -127,94 +133,3 @@ def channels_per_peer(queue_pairs):
 def proxy_of(rank, peer, channel):
     """The proxy that serves a channel to a peer: the same number on both ranks, and different ones for a pair's channels."""
     return (rank + peer + channel) % num_proxies()
-
-
-class MpiBootstrap:
-    """Ranks that find each other through an mpi4py communicator (a duplicate of it: our messages never meet the caller's).
-
-    Messages to and from everyone instead of MPI's collectives: those have no time limit and cannot say who is missing.
-    """
-
-    def __init__(self, comm, timeout_s):
-        self.rank, self.size = comm.rank, comm.size
-        self._tags = itertools.cycle(range(1, 32768))            # MPI promises tags up to 32767
-        self._comm = comm
-        self._comm = self.duplicate(timeout_s)
-
-    def duplicate(self, timeout_s):
-        """The communicator once more, for messages that meet no others."""
-        comm, duplicated = self._comm.Idup()
-        deadline = time.monotonic() + timeout_s
-        while not duplicated.Test():
-            if time.monotonic() > deadline:
-                raise EPTimeoutError(f"Buffer: rank {self.rank} waited {timeout_s:g} s for the other ranks to make a Buffer too")
-            time.sleep(20e-6)
-        return comm
-
-    def allgather(self, value, timeout_s, what):
-        """The values (anything that can be pickled) of all ranks, in rank order; EPTimeoutError that names who did not come."""
-        data = pickle.dumps(value)
-        sizes = self.meet(timeout_s, what, len(data))
-        received = [bytearray(n) for n in sizes]
-        self._exchange(bytearray(data), received, timeout_s, what)
-        return [value if r == self.rank else pickle.loads(d) for r, d in enumerate(received)]
-
-    def meet(self, timeout_s, what, word=0):
-        """Return once every rank has called it: all ranks' `word`s (int64).  EPTimeoutError that names who did not come."""
-        words = np.zeros(self.size, np.int64)
-        words[self.rank] = word
-        self._exchange(words[self.rank:self.rank + 1].copy(), [words[r:r + 1] for r in range(self.size)], timeout_s, what)
-        return words.tolist()
-
-    def _exchange(self, mine, theirs, timeout_s, what):
-        """Send the buffer `mine` to every rank, and receive theirs[r] from every rank r but this one."""
-        from mpi4py import MPI
-        tag, peers = next(self._tags), [r for r in range(self.size) if r != self.rank]
-        receives = {r: self._comm.Irecv([theirs[r], MPI.BYTE], r, tag) for r in peers}
-        sends = [self._comm.Isend([mine, MPI.BYTE], r, tag) for r in peers]
-        deadline = time.monotonic() + timeout_s
-        while receives or not MPI.Request.Testall(sends):
-            receives = {r: request for r, request in receives.items() if not request.Test()}
-            if time.monotonic() > deadline:
-                for request in receives.values():
-                    request.Cancel()
-                self._abandoned = receives, sends, mine, theirs  # MPI may still look at them
-                raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for ranks {list(receives)}, which have not "
-                                     "come")
-            time.sleep(20e-6)
-
-    def close(self):
-        """Collective in MPI's eyes, so only called when all ranks have met just before."""
-        self._comm.Free()
-
-
-class TorchBootstrap:
-    """Ranks that find each other through a torch.distributed process group; a gloo group beside it carries host messages."""
-
-    def __init__(self, group):
-        import torch.distributed as dist
-        self._dist = dist
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
-
-    def duplicate(self, timeout_s):
-        raise EPTransportError("between nodes the CPU engine needs an MPI communicator, since its ports send through MPI: pass "
-                               "comm= instead of group=")
-
-    def allgather(self, value, timeout_s, what):
-        self._wait(timeout_s, what)
-        values = [None] * self.size
-        self._dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def meet(self, timeout_s, what, word=0):
-        return self.allgather(word, timeout_s, what)
-
-    def _wait(self, timeout_s, what):
-        try:
-            self._dist.monitored_barrier(self._group, timedelta(seconds=timeout_s), wait_all_ranks=True)
-        except RuntimeError as error:
-            raise EPTimeoutError(f"{what}: rank {self.rank} waited {timeout_s:g} s for the other ranks: {error}") from error
-
-    def close(self):
-        self._dist.destroy_process_group(self._group)

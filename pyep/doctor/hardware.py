@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..channels import infiniband
+from ..choices import install
 from .finding import Finding, Section, examine
 from .software import DRIVER, gpus_wanted, has_driver
 
@@ -40,7 +41,7 @@ def gpus():
     """A line for each GPU that this process sees."""
     runtime = cuda_runtime()
     if runtime is None:
-        return Finding("GPUs", "cannot be looked at without the package cuda-bindings", "pip install 'pyep[cuda]'",
+        return Finding("GPUs", "cannot be looked at without the package cuda-bindings", install("cuda"),
                        optional=not gpus_wanted())
     error, count = runtime.cudaGetDeviceCount()
     if error or not count:

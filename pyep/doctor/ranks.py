@@ -4,10 +4,12 @@ import platform
 from typing import NamedTuple
 
 from .. import layout
-from ..channels import infiniband, mscclpp_package
+from ..channels import infiniband, mscclpp_package, parting
+from ..channels.boards import open_board
+from ..channels.bootstrap import Bootstrap
 from ..channels.nodes import find_nodes
 from ..channels.reach import kinds_of, port_transport
-from ..channels.transport import MpiBootstrap, host_identity
+from ..channels.transport import host_identity
 from ..choices import choose_device, choose_transport
 from ..errors import EPTransportError
 from .finding import Finding, Section, examine
@@ -21,7 +23,7 @@ WORDS = {"shared": "memory that processes share", "mapped": "mapped GPU memory",
 
 
 class OneRankBootstrap:
-    """As `MpiBootstrap`, for one rank, which need not have MPI."""
+    """As `Bootstrap`, for one rank, which need not have MPI."""
 
     rank, size = 0, 1
 
@@ -42,7 +44,16 @@ class Rank(NamedTuple):
 
 def look(comm):
     """The sections of this file, on every rank."""
-    bootstrap = MpiBootstrap(comm, TIMEOUT_S) if comm.size > 1 else OneRankBootstrap()
+    if comm.size == 1:
+        return look_together(OneRankBootstrap())
+    bootstrap = Bootstrap(open_board(None, comm), TIMEOUT_S)
+    try:
+        return look_together(bootstrap)
+    finally:
+        parting.leave(parting.Parting(bootstrap, []), 0)
+
+
+def look_together(bootstrap):
     try:
         nodes = find_nodes(bootstrap, TIMEOUT_S)                 # fails on all ranks, or on none
     except (EPTransportError, ValueError) as error:

@@ -6,7 +6,7 @@ import platform
 from typing import NamedTuple
 
 from ..channels import mscclpp_package
-from ..choices import choose_device
+from ..choices import choose_device, install
 from ..errors import EPTransportError
 from ..version import __version__
 from .finding import Finding, Section, examine
@@ -66,9 +66,8 @@ def packages(group):
     if not missing:
         return Finding(group.what, found)
     needed = group.use == "always" or group.use == "on GPUs" and gpus_wanted()
-    target = f"'pyep[{group.extra}]'" if group.extra else "pyep"
     lacks = f"not installed: {', '.join(missing)} (needed {group.use})"
-    return Finding(group.what, "; ".join(filter(None, (found, lacks))), f"pip install {target}", optional=not needed)
+    return Finding(group.what, "; ".join(filter(None, (found, lacks))), install(group.extra), optional=not needed)
 
 
 def version_of(name):
@@ -109,7 +108,7 @@ def mpi(comm):
         from ..channels.host_ports import GET_MULTIPLE, thread_level
     except (ImportError, RuntimeError) as error:                 # RuntimeError: there is no MPI library
         return Finding("MPI", f"does not start: {error} (torch.distributed groups do without)",
-                       "pip install 'pyep[mpi]', or install Open MPI or MPICH", optional=version_of("torch") is not None)
+                       f"{install('mpi')}; or install Open MPI or MPICH", optional=version_of("torch") is not None)
     level = thread_level()
     name, version = MPI.get_vendor()
     found = f"{name} {'.'.join(map(str, version))}, thread level {level}, {comm.size} rank{'s' * (comm.size > 1)}"

@@ -8,19 +8,95 @@ import marshal
 import os
 import pathlib
 import platform
+import stat
+import tempfile
+import threading
+import warnings
 from numbers import Number
 from types import FunctionType
 
 PLAIN = Number, str, bytes, type(None)
+DIGEST = hashlib.sha256().digest_size           # bytes
+LOCK = threading.RLock()                        # one thread compiles at a time: some of what is set for Numba is set for all
 
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 def directory(machine):
-    """The folder for one kind of machine ("cpu", "cuda"), made if need be; `PYEP_CACHE` moves it from ~/.cache/pyep."""
-    root = pathlib.Path(os.environ.get("PYEP_CACHE") or pathlib.Path.home() / ".cache" / "pyep")
-    folder = root / machine
-    folder.mkdir(parents=True, exist_ok=True)
+    """The folder for one kind of machine ("cpu", "cuda"), made if need be: in `PYEP_CACHE`, else in ~/.cache/pyep, or where that
+    cannot be written in a private folder for temporary files.  ValueError if no folder can be made."""
+    chosen = os.environ.get("PYEP_CACHE")
+    try:
+        folder = pathlib.Path(chosen or pathlib.Path.home() / ".cache" / "pyep") / machine
+        folder.mkdir(parents=True, exist_ok=True)
+        if chosen or os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError) as error:                     # RuntimeError: there is no home
+        if chosen:
+            raise ValueError(f"PYEP_CACHE is {chosen!r}, and no folder for compiled kernels can be made there: {error}") from None
+    folder = _temporary() / machine
+    folder.mkdir(exist_ok=True)
     return folder
 
+
+def _temporary():
+    """A folder that is this user's alone: machine code from it is run."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"pyep-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise OSError(f"{folder} is not a folder that only this user can enter")
+    except OSError as error:
+        raise ValueError(f"there is no folder for compiled kernels: the home cannot be written, and {error}. Set PYEP_CACHE to a "
+                         "folder that can be written") from None
+    return folder
+
+
+class File:
+    """A file of a compiled kernel: its bytes behind their hash, by which a damaged file is known."""
+
+    def __init__(self, machine, name):
+        self._path = directory(machine) / name
+
+    @contextlib.contextmanager
+    def locked(self):
+        """One of a host's ranks compiles a kernel, the others wait here and find it on disk."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):                   # a folder that cannot be written, or where nothing can be locked
+                lock = stack.enter_context(open(self._path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def read(self):
+        """The bytes that were written; None if there are none, or others."""
+        try:
+            data = self._path.read_bytes()
+        except OSError:
+            return None
+        digest, data = data[:DIGEST], data[DIGEST:]
+        return data if hashlib.sha256(data).digest() == digest else None
+
+    def write(self, data):
+        """Whole or not at all, also if this process is killed or the disk is full; then the kernel is compiled again next time."""
+        partial = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            partial.write_bytes(hashlib.sha256(data).digest() + data)
+            partial.rename(self._path)
+        except OSError as error:
+            _warn(f"compiled kernels cannot be kept in {self._path.parent}, so every process compiles them anew: {error.strerror}. "
+                  "Set PYEP_CACHE to a folder that can be written")
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+@functools.cache
+def _warn(text):
+    """Once, however many kernels there are."""
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 @functools.cache
 def _sources():
@@ -62,11 +138,3 @@ def key(fn, machine, constants):
     digest = hashlib.sha256(_sources() + _meaning(fn, set()))
     digest.update(repr((fn.__module__, fn.__qualname__, machine, sorted(constants.items()))).encode())
     return f"{fn.__name__}_{digest.hexdigest()[:24]}"
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder, name):
-    """One of a host's ranks compiles a kernel, the others wait here and find it on disk."""
-    with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,29 +1,55 @@
 """Kernels on the CPU: Numba compiles them, every GPU thread of every block is an OS thread running machine code."""
 import ctypes
+import hashlib
 import inspect
 import os
+import pickle
 import threading
 
 import numba
 from numba import int64, void
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 
 from ..layout import MAX_BLOCKS
 from . import cache, llvm
 from .op import Cpu, bind
 
+COMPILED = {}                                   # all that this process has compiled or loaded (Numba's dispatchers), by name
+
 
 def compile_kernel(fn, machine, constants, nogil=True):
-    """`fn` as a Numba function over int64 that releases the interpreter lock (or not); from the disk cache if it is there."""
-    name, folder = cache.key(fn, machine, constants), cache.directory("cpu")
-    bound = bind(fn, machine, **constants)
-    bound.__name__ = bound.__qualname__ = name            # Numba's own cache looks at the name, not at the constants
-    signature = void(*[int64] * len(inspect.signature(fn).parameters))
-    saved, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
-    try:
-        with cache.one_at_a_time(folder, name):
-            return numba.njit(signature, nogil=nogil, error_model="numpy", cache=True)(bound)
-    finally:
-        numba.config.CACHE_DIR = saved
+    """`fn` as a Numba function over int64 that releases the interpreter lock (or not): made once in a process, and from the disk
+    cache if it is there."""
+    name = cache.key(fn, machine, constants)
+    with cache.LOCK:
+        if (name, nogil) not in COMPILED:
+            bound = bind(fn, machine, **constants)
+            bound.__name__ = bound.__qualname__ = name           # of which Numba makes symbols
+            kernel = numba.njit(nogil=nogil, error_model="numpy")(bound)
+            kernel._cache = OnDisk(name, kernel.targetctx.codegen().magic_tuple())
+            with kernel._cache.file.locked():
+                kernel.compile(void(*[int64] * len(inspect.signature(fn).parameters)))
+            kernel.disable_compile()
+            COMPILED[name, nogil] = kernel
+        return COMPILED[name, nogil]
+
+
+class OnDisk(NullCache):
+    """Where Numba looks for what it has compiled of a function, and keeps it."""
+
+    def __init__(self, name, target):
+        self.file = cache.File("cpu", f"{name}.{hashlib.sha256(repr(target).encode()).hexdigest()[:8]}.code")
+
+    def load_overload(self, sig, context):
+        data = self.file.read()
+        context.refresh()
+        return data and CompileResult._rebuild(context, *pickle.loads(data))
+
+    def save_overload(self, sig, compiled):
+        if not compiled.library.has_dynamic_globals:             # addresses of this process
+            self.file.write(dumps(compiled._reduce()))
 
 
 class CpuKernel:
@@ -60,6 +86,7 @@ class CpuEngine:
     """The CPU as an engine: `PYEP_CPU_SHAPE=blocks,threads,warp` (default 1,1,1, the fastest) is the shape of all launches."""
 
     name, index = "cpu", 0
+    few_tokens = 0                                               # no kernels of their own for few tokens
 
     def __init__(self, shape=None):
         text = shape or os.environ.get("PYEP_CPU_SHAPE") or "1,1,1"
@@ -109,6 +136,13 @@ class CpuEngine:
     def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
         """A compiled kernel; `overlap` is for the GPU's sake, and ignored."""
         return CpuKernel(fn, blocks, self.machine, shared_bytes, constants)
+
+    def use(self):
+        """Any thread may launch."""
+
+    def copy(self, to, source, nbytes, stream):
+        """Copy bytes, both addresses in this process."""
+        ctypes.memmove(to, source, nbytes)
 
     def synchronize(self):
         """Nothing runs once a call has returned."""

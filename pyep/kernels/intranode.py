@@ -9,7 +9,7 @@ peer is done with it: what it tells in the next one overwrites nothing that is s
 
 The kernels are in `intranode_layout`, `intranode_notify`, `intranode_dispatch` and `intranode_combine`.
 """
-from ..channels.memory import next_epoch, peer, release, report, tell, wait_count, wait_released
+from ..channels.memory import next_epoch, peer, refuse, release, tell, wait_count, wait_released
 from .basics import start
 from .lang import (block_rank, fetch_add8, ld8, ld8_relaxed, ld16_nc_if, num_blocks, num_threads, st8, st8_shared,
                    syncthreads, syncthreads_or, thread_rank, udiv)
@@ -19,17 +19,16 @@ RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0      # TOPK: 0 where no top-k indices
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 ROW_BYTES = 0                                   # of a row's values
 WEIGHTED = 0                                    # 1: topk_weights travel with the rows
-OPERATION = 0                                   # not 0: a number that says what all ranks must agree on, operation and shape
 HT_EPOCH = HT_COUNTS = HT_COUNTS_STRIDE = PLACE = DONE = CHUNK = ARRIVED = FAILED = 0           # offsets, see pyep.layout
 MAX_BLOCKS = MAX_CHUNKS = LINE = 0
 
 # Sections, in the order of pyep.layout.Rows.
 ROW, SOURCE, TOPK_IDX, TOPK_WEIGHTS, SCALES = range(5)
-LAST = 15                                       # pyep.layout.SECTIONS - 1
+REASON, OPERATION = 14, 15                      # the last words of a line: see `refuse`; a number that all ranks must agree on
 
 # What a wait waits for, and what else ends a launch; pyep.high_throughput puts them in words.  Low latency has the numbers below.
 (NOTIFY_COUNT, DISPATCH_PLACE, DISPATCH_DONE, COMBINE_PLACE, COMBINE_CHUNK, COMBINE_DONE, OTHER_LAYOUT, TOO_MANY_ROWS,
- BAD_SELECTION, OTHER_CALL) = range(101, 111)
+ BAD_SELECTION, OTHER_CALL, PEER_REFUSED) = range(101, 112)
 
 
 def enter(base, timeout):
@@ -51,7 +50,7 @@ def leave(watch):
 # ---- where rows go ---------------------------------------------------------------------------------------------------
 
 def place_slot(memory, source, section):
-    """The word in a rank's memory that says where `source` wants a section; section LAST tells its OPERATION."""
+    """The word in a rank's memory that says where `source` wants a section."""
     return memory + PLACE + LINE * source + 8 * section
 
 
@@ -62,12 +61,19 @@ def tell_place(watch, me, section, address):
     rank = thread_rank()
     while rank < RANKS and block_rank() == 0:
         tell(place_slot(peer(base, rank), me, section), epoch, (address - base) >> 4)
-        if section == 0:
-            tell(place_slot(peer(base, rank), me, LAST), epoch, OPERATION)
         rank += num_threads()
 
 
-def wait_places(watch, wait, sections, table):
+def tell_operation(watch, me, operation):
+    """Tell every rank what this one does: operation and shape as a number, which is not 0.  One block calls it."""
+    base, _, epoch = watch
+    rank = thread_rank()
+    while rank < RANKS:
+        tell(place_slot(peer(base, rank), me, OPERATION), epoch, operation)
+        rank += num_threads()
+
+
+def wait_places(watch, wait, me, operation, sections, table):
     """A block waits until every rank has told the places of its first `sections` sections, and puts their addresses, as this rank
     maps them, into shared memory: `table` [R][sections].
 
@@ -76,6 +82,14 @@ def wait_places(watch, wait, sections, table):
     """
     base, _, _ = watch
     missing = ld8_relaxed(base + FAILED)
+    rank = num_threads() - 1 - thread_rank()
+    while rank < RANKS:                                          # before places, which another operation may never tell
+        other = wait_count(watch, wait, rank, place_slot(base, rank, OPERATION))
+        if other != operation:
+            missing = 1
+            if other != 0:                                       # it has come
+                refuse(watch, me, OTHER_CALL, rank, operation, other)
+        rank += num_threads()
     i = thread_rank()
     while i < RANKS * sections:
         rank = udiv(i, sections)
@@ -83,13 +97,6 @@ def wait_places(watch, wait, sections, table):
         missing |= 1 if place == 0 else 0                        # no section is at byte 0: control words are
         st8_shared(table + 8 * i, peer(base, rank) + 16 * place)
         i += num_threads()
-    rank = num_threads() - 1 - thread_rank()
-    while rank < RANKS:
-        operation = wait_count(watch, wait, rank, place_slot(base, rank, LAST))
-        if operation != OPERATION:                               # 0 if it never came: the first report counts
-            report(watch, OTHER_CALL, rank, base, OPERATION, operation)
-            missing = 1
-        rank += num_threads()
     return 1 - syncthreads_or(missing)
 
 

@@ -10,7 +10,7 @@ the other warps go on.
 from ..channels.memory import peer, release, wait_released
 from .basics import add_entry, after, list_bytes, num_warps, warp_rank
 from .intranode import (CHUNK, COMBINE_CHUNK, COMBINE_DONE, COMBINE_PLACE, MAX_CHUNKS, RANKS, ROW_BYTES, TOPK, WEIGHTED, enter,
-                        finish, load_four, tell_place, wait_places)
+                        finish, load_four, tell_operation, tell_place, wait_places)
 from .lang import (bits_of, block_rank, f32_of, fma8, lane, ld4_nc, ld4_nc_if, ld4_relaxed_if, ld4_shared, ld8_shared, ld16,
                    ld16_if, ld16_nc, ld16_nc_if, num_blocks, num_threads, shared, st4, st4_shared, st16, syncwarp,
                    thread_rank, to_bf16, udiv, warp_size, zeros)
@@ -235,17 +235,19 @@ def sum_rows(watch, me, x, topk_weights, staging, staged_weights, send_rows, num
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
-def combine(base, me, timeout, x, topk_weights, rank_prefix, send_rows, num_tokens, staging, staged_weights, bias0, bias1, out,
-            out_weights):
-    """The kernel.  x [N, H] bf16, topk_weights [N, K] fp32; rank_prefix [R, R] and send_rows [T, R] int32 as in the handle;
-    staging and staged_weights: like x and topk_weights, for all rows that come from other ranks, in symmetric memory;
-    bias0, bias1, out [T, H] bf16, out_weights [T, K] fp32.  0 where there is none."""
+def combine(base, me, timeout, operation, x, topk_weights, rank_prefix, send_rows, num_tokens, staging, staged_weights, bias0,
+            bias1, out, out_weights):
+    """The kernel.  operation: see `tell_operation`; x [N, H] bf16, topk_weights [N, K] fp32; rank_prefix [R, R] and send_rows
+    [T, R] int32 as in the handle; staging and staged_weights: like x and topk_weights, for all rows that come from other ranks, in
+    symmetric memory; bias0, bias1, out [T, H] bf16, out_weights [T, K] fp32.  0 where there is none."""
     watch = enter(base, timeout)
     tell_place(watch, me, STAGED_ROWS, staging)
     if WEIGHTED:
         tell_place(watch, me, STAGED_WEIGHTS, staged_weights)
+    if block_rank() == 0:
+        tell_operation(watch, me, operation)
     bring_prefixes(rank_prefix)
-    if wait_places(watch, COMBINE_PLACE, 1 + WEIGHTED, shared()) != 0:
+    if wait_places(watch, COMBINE_PLACE, me, operation, 1 + WEIGHTED, shared()) != 0:
         if sends():
             send_chunks(watch, me, x, topk_weights)
         if not sends() or sending_warps() == num_warps():

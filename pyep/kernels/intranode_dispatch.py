@@ -3,15 +3,16 @@
 A token's row is loaded once and stored to every rank that it goes to, straight to its final address: where that rank wants the rows
 of this operation, plus the rows of lower ranks, plus the number that the token has among this rank's (`send_rows`).
 """
-from ..channels.memory import report
+from ..channels.memory import refuse
 from .basics import add_entry, after, list_bytes, num_warps, warp_rank
 from .intranode import (BAD_SELECTION, DISPATCH_DONE, DISPATCH_PLACE, EXPERTS, INDEX_BYTES, LOCAL_EXPERTS, RANKS,
                         ROW, ROW_BYTES, SCALES, SOURCE, TOPK, TOPK_IDX, TOPK_WEIGHTS, WEIGHTED, enter, finish,
-                        load_four, tell_place, wait_places)
-from .lang import (block_rank, lane, ld4_nc, ld4_nc_if, ld8_nc_if, ld8_shared, ld16_nc, num_blocks, num_threads,
-                   shared, st4, st8, st8_shared, st16, syncthreads, syncwarp, thread_rank, udiv, warp_size)
+                        load_four, tell_operation, tell_place, wait_places)
+from .lang import (block_rank, lane, ld1_nc_if, ld4_nc, ld4_nc_if, ld8_nc_if, ld8_shared, ld16_nc, num_blocks, num_threads,
+                   shared, st1, st4, st8, st8_shared, st16, syncthreads, syncwarp, thread_rank, udiv, warp_size)
 
 SCALE_BYTES = 0                                 # of a row's scales; 0 where none travel
+SCALE_ITEM = 4                                  # of what a lane moves of them at a time: 1, 2 or 4
 SOURCES = 1                                     # 1: the source token travels; 0: a cached dispatch, its receiver knows
 PART_BYTES = 16                                 # of a row that a warp takes at a time
 SECTIONS = 5                                    # kinds of data in a slab, see pyep.layout.Rows
@@ -134,7 +135,7 @@ def send_selections(entries, end, watch, me, token, topk_idx, topk_weights, expe
     k = lane()
     while k < TOPK:
         if expert < -1 or expert >= EXPERTS:
-            report(watch, BAD_SELECTION, me, watch[0], token, expert)
+            refuse(watch, me, BAD_SELECTION, me, token, expert)
         entry = entries
         while entry < end:
             local = expert - (ld8_shared(entry + 8) & 0xFFFFFFFF) * LOCAL_EXPERTS
@@ -147,16 +148,38 @@ def send_selections(entries, end, watch, me, token, topk_idx, topk_weights, expe
         expert, weight = look_at_selection(topk_idx, topk_weights, token, k)
 
 
-def send_scales(entries, end, scales, scale):
-    """A token's scales to every rank that it goes to, a lane a scale; `scale`: the lane's first one."""
-    offset = 4 * lane()
+def load_scale(scales, offset, stride):
+    """The item of a token's scales that comes to lie at `offset`; 0 from SCALE_BYTES on."""
+    at, exists = scales + udiv(offset, SCALE_ITEM) * stride, offset < SCALE_BYTES
+    if SCALE_ITEM == 4:
+        return ld4_nc_if(at, exists)
+    low = ld1_nc_if(at, exists)
+    return low | ld1_nc_if(at + 1, exists) << 8 if SCALE_ITEM == 2 else low
+
+
+def store_scale(to, scale):
+    if SCALE_ITEM == 4:
+        st4(to, scale)
+    else:
+        st1(to, scale)
+        if SCALE_ITEM == 2:
+            st1(to + 1, scale >> 8)
+
+
+def send_scales(entries, end, scales, stride, scale):
+    """A token's scales to every rank that it goes to, a lane an item.  They may lie apart, and arrive one after another.  Words are
+    loaded ahead, `scale` is the lane's first one; smaller items would take too many registers."""
+    offset = SCALE_ITEM * lane()
     while offset < SCALE_BYTES:
+        if SCALE_ITEM != 4:
+            scale = load_scale(scales, offset, stride)
         entry = entries
         while entry < end:
-            st4(item(entry, SCALES, SCALE_BYTES) + offset, scale)
+            store_scale(item(entry, SCALES, SCALE_BYTES) + offset, scale)
             entry += 16
-        offset += 4 * warp_size()
-        scale = ld4_nc_if(scales + offset, offset < SCALE_BYTES)
+        offset += SCALE_ITEM * warp_size()
+        if SCALE_ITEM == 4:
+            scale = load_scale(scales, offset, stride)
 
 
 def send_source(entries, count, token):
@@ -167,7 +190,7 @@ def send_source(entries, count, token):
         i += warp_size()
 
 
-def send_tokens(watch, me, x, scales, topk_idx, topk_weights, num_tokens, send_rows):
+def send_tokens(watch, me, x, x_stride, scales, scales_stride, scale_stride, topk_idx, topk_weights, num_tokens, send_rows):
     """A warp takes a part of a token's row at a time, all blocks side by side: they end together though tokens have more and less
     to send.  With the last part goes what is beside the row; it is loaded before the warp waits for anything."""
     parts = udiv(ROW_BYTES + PART_BYTES - 1, PART_BYTES)
@@ -178,16 +201,16 @@ def send_tokens(watch, me, x, scales, topk_idx, topk_weights, num_tokens, send_r
         first = (unit - token * parts) * PART_BYTES
         is_last = first + PART_BYTES >= ROW_BYTES
         expert, weight = look_at_selection(topk_idx, topk_weights, token, lane() if is_last else TOPK)
-        scale_at = scales + token * SCALE_BYTES
-        scale = ld4_nc_if(scale_at + 4 * lane(), is_last and 4 * lane() < SCALE_BYTES)
+        scale_at = scales + token * scales_stride
+        scale = load_scale(scale_at, 4 * lane() if is_last else SCALE_BYTES, scale_stride) if SCALE_ITEM == 4 else 0
         count = list_destinations(entries, me, token, num_tokens, send_rows)
         end = entries + 16 * count
         if count > 0:
-            send_part(entries, end, x + token * ROW_BYTES, first, ROW_BYTES if is_last else first + PART_BYTES)
+            send_part(entries, end, x + token * x_stride, first, ROW_BYTES if is_last else first + PART_BYTES)
         if is_last and count > 0:
             if SOURCES:
                 send_source(entries, count, token)
-            send_scales(entries, end, scale_at, scale)
+            send_scales(entries, end, scale_at, scale_stride, scale)
             send_selections(entries, end, watch, me, token, topk_idx, topk_weights, expert, weight)
         syncwarp()
         unit += num_blocks() * num_warps()
@@ -207,14 +230,17 @@ def clear_tail(me, rank_prefix, room, recv_topk_idx, recv_topk_weights):
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
-def dispatch(base, me, timeout, x, scales, topk_idx, topk_weights, num_tokens, rank_prefix, send_rows, room,
-             recv_x, recv_sources, recv_topk_idx, recv_topk_weights, recv_scales):
-    """The kernel.  x [T, H], scales [T, H/128] fp32, topk_idx [T, K], topk_weights [T, K] fp32: 0 where there is none.
-    rank_prefix and send_rows as `notify` has left them.  recv_*: sections of this rank's slab, for `room` rows."""
+def dispatch(base, me, timeout, operation, x, x_stride, scales, scales_stride, scale_stride, topk_idx, topk_weights, num_tokens,
+             rank_prefix, send_rows, room, recv_x, recv_sources, recv_topk_idx, recv_topk_weights, recv_scales):
+    """The kernel.  operation: see `tell_operation`; x [T, ROW_BYTES], a row every x_stride bytes; scales: of a token every
+    scales_stride bytes, its items every scale_stride; topk_idx [T, K], topk_weights [T, K] fp32: 0 where there is none.
+    rank_prefix and send_rows as `notify` has left them.  recv_*: where this rank wants the sections, for `room` rows."""
     watch = enter(base, timeout)
     tell_places(watch, me, recv_x, recv_sources, recv_topk_idx, recv_topk_weights, recv_scales)
-    if wait_places(watch, DISPATCH_PLACE, SECTIONS, shared()) != 0:
+    if block_rank() == 0:
+        tell_operation(watch, me, operation)
+    if wait_places(watch, DISPATCH_PLACE, me, operation, SECTIONS, shared()) != 0:
         skip_lower_ranks(me, rank_prefix)
-        send_tokens(watch, me, x, scales, topk_idx, topk_weights, num_tokens, send_rows)
+        send_tokens(watch, me, x, x_stride, scales, scales_stride, scale_stride, topk_idx, topk_weights, num_tokens, send_rows)
         clear_tail(me, rank_prefix, room, recv_topk_idx, recv_topk_weights)
     finish(watch, DISPATCH_DONE, me)

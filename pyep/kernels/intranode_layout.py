@@ -3,10 +3,10 @@
 Each block counts its own tokens in shared memory and leaves the counts for the block that is done last, which adds them up: so
 nothing must be cleared before, and there is one launch.
 """
-from ..channels.memory import report
+from ..channels.memory import next_epoch, refuse
 from .basics import expert_at, start
-from .intranode import BAD_SELECTION, EXPERTS, LOCAL_EXPERTS, RANKS, TOPK, is_last_block
-from .lang import (add4_shared, block_rank, ld4_relaxed_if, ld4_shared, num_blocks, num_threads, shared, st1, st4, st4_shared,
+from .intranode import BAD_SELECTION, EXPERTS, HT_EPOCH, LOCAL_EXPERTS, RANKS, TOPK, is_last_block
+from .lang import (add4_shared, block_rank, ld4_relaxed_if, ld4_shared, ld8, num_blocks, num_threads, shared, st1, st4, st4_shared,
                    syncthreads, thread_rank, udiv)
 
 
@@ -39,7 +39,7 @@ def count_selections(watch, me, topk_idx, num_tokens):
     while i < num_tokens * TOPK:
         expert = expert_at(topk_idx, i)
         if expert < -1 or expert >= EXPERTS:
-            report(watch, BAD_SELECTION, me, watch[0], udiv(i, TOPK), expert)
+            refuse(watch, me, BAD_SELECTION, me, udiv(i, TOPK), expert)
         elif expert >= 0:
             add4_shared(shared() + 4 * expert, 1)
         i += num_blocks() * num_threads()
@@ -94,7 +94,7 @@ def layout(base, me, topk_idx, num_tokens, counts, num_tokens_per_rank, num_toke
     """The kernel.  topk_idx [T, K]; counts: [blocks, E + R] int32 to work in; the results as `get_dispatch_layout` returns them."""
     start()
     clear_counts()
-    count_selections((base, 0, 0), me, topk_idx, num_tokens)
+    count_selections((base, 0, next_epoch(ld8(base + HT_EPOCH))), me, topk_idx, num_tokens)
     mark_tokens(topk_idx, num_tokens, is_token_in_rank)
     leave_counts(counts)
     if is_last_block(base):

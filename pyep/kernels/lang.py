@@ -288,8 +288,8 @@ def swap8_if(address, expected, value):
 
 
 # ---- rows that announce themselves -----------------------------------------------------------------------------------
-# Scratch memory holds the 32-bit word 0xffffffff wherever nothing has arrived.  Data is kept from using that word (in bf16
-# it is two NaNs, which become two other NaNs), so a reader sees from the data alone whether all of it is there.
+# Scratch memory holds the 32-bit word 0xffffffff wherever nothing has arrived.  Data is kept from using that word, so a reader sees
+# from the data alone whether all of it is there.  Sums of bf16 are `present`; rows with any bits at all: `low_latency_escapes`.
 
 @op(v16, ptx="mov.b64 $0, -1; mov.b64 $1, -1;", cpu=lambda b, _: llvm.splat(-1), pure=True)
 def absence():
@@ -301,6 +301,13 @@ def absence():
     cpu=llvm.absent, pure=True)
 def absent(value):
     """1 if any of the four 32-bit words has not arrived, else 0."""
+
+
+@op(i64, (v16,), ptx="{ .reg .pred p; .reg .b32 a,b,c,d; mov.b64 {a,b}, $1; mov.b64 {c,d}, $2; setp.ge.u32 p, a, 0xfffffffe;"
+    " setp.ge.or.u32 p, b, 0xfffffffe, p; setp.ge.or.u32 p, c, 0xfffffffe, p; setp.ge.or.u32 p, d, 0xfffffffe, p;"
+    " selp.b64 $0, 1, 0, p; }", cpu=llvm.reserved, pure=True)
+def reserved(value):
+    """1 if any of the four 32-bit words is 0xffffffff or 0xfffffffe, else 0."""
 
 
 @op(v16, (v16,), ptx="{ .reg .pred p; .reg .b32 a,b,c,d; mov.b64 {a,b}, $2; mov.b64 {c,d}, $3;"

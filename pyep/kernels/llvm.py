@@ -119,6 +119,11 @@ def absent(b, machine, v):
     return b.zext(b.icmp_unsigned("!=", hits, ir.Constant(ir.IntType(4), 0)), I64)
 
 
+def reserved(b, machine, v):
+    hits = b.bitcast(b.icmp_unsigned(">=", v, splat(0xFFFFFFFE)), ir.IntType(4))
+    return b.zext(b.icmp_unsigned("!=", hits, ir.Constant(ir.IntType(4), 0)), I64)
+
+
 def present(b, machine, v):
     return b.select(b.icmp_signed("==", v, _ABSENT), splat(0x7FFFFFFF), v)
 

@@ -18,8 +18,9 @@ from .lang import (add8, ballot, block_rank, clock_ns, lane, ld4_nc, ld8, ld8_if
 from .low_latency_boxes import count_slot, counts_for, is_port_peer
 from .low_latency_ship import consumed_here, tell_consumed
 
-# Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.
-RANKS = EXPERTS = LOCAL_EXPERTS = MAX_TOKENS = TOPK = 0
+# Template parameters, compiled in by `bind`.  The shape: see pyep.layout.LowLatency.  (M is no template parameter but an argument.)
+RANKS = EXPERTS = LOCAL_EXPERTS = TOPK = 0
+SHAPE = 0                                       # a number that ranks compare to see that they mean the same shape and mode
 INDEX_BYTES = 8                                 # of an entry of topk_idx: 4 or 8
 ROW_BYTES = 0                                   # of a row of bf16
 FP8 = POWERS_OF_2 = UE8M0 = 0                   # 1: rows travel as e4m3; their scales are powers of two; delivered as exponents
@@ -30,9 +31,9 @@ SENDERS = RECEIVERS = 1                         # blocks of the grid that send, 
 NEIGHBOURS = 1                                  # warps of a block that take slices next to each other: divides them
 PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp in a combine
 EPOCH = CONSUMED = FAILED = PEERS = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
-PLACES = LISTED = ROWS = 0                      # offsets in a half, see pyep.layout.LowLatency.dispatch
 
-COMBINE = 1 << 31                               # in the word that tells that an operation has begun: it is a combine
+# The word that tells that an operation has begun: COMBINE, if it is one; `shape_bits`; how many tokens a dispatch sends.
+COMBINE, TOKENS = 1 << 31, 0xFFFF
 
 # What a wait waits for; pyep.low_latency puts them in words.
 (DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
@@ -132,8 +133,13 @@ def last_first():
     return num_threads() - 1 - thread_rank()
 
 
+def shape_bits(max_tokens):
+    """What ranks tell each other of the shape and the mode, M included: numbers of M that are near each other always differ."""
+    return (SHAPE + max_tokens & 0x3FFF) << 16
+
+
 def tell_begun(part, watch, me, what):
-    """Tell every rank that this operation has begun here; `what`: COMBINE, or how many tokens a dispatch sends."""
+    """Tell every rank that this operation has begun here; `what`: see COMBINE."""
     _, _, epoch = watch
     rank = thread_rank()
     while rank < RANKS and part == 0:

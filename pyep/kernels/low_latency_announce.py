@@ -9,12 +9,13 @@ from .basics import after, expert_at, lanes_before, num_warps, warp_rank
 from .lang import (ballot, lane, ld4_nc, ld4_shared, ld8_shared, num_threads, popc, shared, st4_shared, st8, st8_relaxed,
                    st8_shared, syncthreads, thread_rank, udiv, umod, warp_size)
 from .low_latency import (BAD_EXPERT, DISPATCH_CONSUMED, EXPERTS, LOCAL_EXPERTS, RANK_MAJOR, RANKS, TOPK, WEIGHTED, begin,
-                          last_first, look_at_consumed, tell_begun)
-from .low_latency_boxes import counts_for, places_for, routes_for
+                          last_first, look_at_consumed, shape_bits, tell_begun)
+from .low_latency_boxes import counts_for, words_for
+from .low_latency_slots import PLACES
 
 GROUPS = LOCAL_GROUPS = 0                       # all groups; those of a rank
 CHUNK = 0                                       # tokens whose selections are in shared memory at once
-SECTIONS = SECTION = 1                          # sections that these are cut into; selections (rank-major: tokens) in each
+SECTIONS = 1                                    # sections that these are cut into, at most
 
 
 def stage(topk_idx, topk_weights, first, selections):
@@ -36,20 +37,20 @@ def stage(topk_idx, topk_weights, first, selections):
 
 def send_routes(part, parts, watch, me, half, first, selections, selected):
     """Every staged selection's expert and weight, to every rank; `selected` keeps the expert for combine."""
-    base, _, _ = watch
     warp = num_warps() - 1 - warp_rank()                         # the last warps: the first ones number groups
     i = (part + parts * warp) * warp_size() + lane()
     while i < selections:
-        expert = ld4_shared(shared() + 4 * i)
+        expert, token = ld4_shared(shared() + 4 * i), udiv(first + i, TOPK)
         if expert < -1 or expert >= EXPERTS:
-            report(watch, BAD_EXPERT, me, base, udiv(first + i, TOPK), expert)
+            report(watch, BAD_EXPERT, me, watch[0], token, expert)
             expert = -1
         st8(selected + 8 * (first + i), expert)
         route = expert + 1
         if WEIGHTED:
             route |= ld4_shared(shared() + 4 * (CHUNK * TOPK + i)) << 32
         for r in range(RANKS):
-            st8_relaxed(routes_for(watch, after(me, r + 1), me, half) + 8 * (first + i), route)
+            words, stride = words_for(watch, after(me, r + 1), me, half)
+            st8_relaxed(words + token * stride + 8 * (first + i - token * TOPK), route)
         i += parts * num_threads()
 
 
@@ -73,10 +74,16 @@ def is_of_group(group, i, items):
 # fewer groups than warps.
 
 
+def section_of(items):
+    """How many of so many staged items are in a section: a whole number of what a warp numbers at once."""
+    at_once = 4 * warp_size()
+    return udiv(items + SECTIONS * at_once - 1, SECTIONS * at_once) * at_once
+
+
 def of_warp(turn, part, parts, items):
     """What a warp numbers in its `turn`-th turn: the group, and from which staged item to which."""
-    first = umod(turn, SECTIONS) * SECTION
-    return part + udiv(turn, SECTIONS) * parts, first, first + SECTION if first + SECTION < items else items
+    first, end = umod(turn, SECTIONS) * section_of(items), (umod(turn, SECTIONS) + 1) * section_of(items)
+    return part + udiv(turn, SECTIONS) * parts, first, end if end < items else items
 
 
 def count_hits(group, first, end):
@@ -89,28 +96,29 @@ def count_hits(group, first, end):
     return count
 
 
-def number_hits(hit, slot, count):
-    """One lane's turn: tell a hit's place; `count` with the warp's hits added."""
+def number_hits(hit, words, stride, i, count):
+    """One lane's turn: tell the place of the i-th staged item, if it is a hit; `count` with the warp's hits added."""
     hits = ballot(hit)
     if hit != 0:
-        st8_relaxed(slot, count + lanes_before(hits))
+        token = i if RANK_MAJOR else udiv(i, TOPK)
+        k = 0 if RANK_MAJOR else i - token * TOPK
+        st8_relaxed(words + token * stride + PLACES + 8 * k, count + lanes_before(hits))
     return count + popc(hits)
 
 
-def number_group(group, places, first, end, count):
-    """One warp numbers what is of a group among staged items, from `count` on; `places`: the slot of the first staged selection."""
-    per_item = TOPK if RANK_MAJOR else 1                         # selections
-    step = 8 * per_item * warp_size()
+def number_group(group, words, stride, first, end, count):
+    """One warp numbers what is of a group among staged items, from `count` on; words, stride: see `words_for`, of the first token
+    staged."""
+    step = warp_size()
     i = first + lane()
     while i - lane() < end:                                      # four at once: their latency is the time of this loop
-        hit0, hit1 = is_of_group(group, i, end), is_of_group(group, i + warp_size(), end)
-        hit2, hit3 = is_of_group(group, i + 2 * warp_size(), end), is_of_group(group, i + 3 * warp_size(), end)
-        slot = places + 8 * i * per_item
-        count = number_hits(hit0, slot, count)
-        count = number_hits(hit1, slot + step, count)
-        count = number_hits(hit2, slot + 2 * step, count)
-        count = number_hits(hit3, slot + 3 * step, count)
-        i += 4 * warp_size()
+        hit0, hit1 = is_of_group(group, i, end), is_of_group(group, i + step, end)
+        hit2, hit3 = is_of_group(group, i + 2 * step, end), is_of_group(group, i + 3 * step, end)
+        count = number_hits(hit0, words, stride, i, count)
+        count = number_hits(hit1, words, stride, i + step, count)
+        count = number_hits(hit2, words, stride, i + 2 * step, count)
+        count = number_hits(hit3, words, stride, i + 3 * step, count)
+        i += 4 * step
     return count
 
 
@@ -125,13 +133,14 @@ def number_staged(part, parts, watch, me, half, first, tokens, last):
     now = 8 * (udiv(first, CHUNK) & 1)
     items = tokens if RANK_MAJOR else tokens * TOPK
     turn = warp_rank()
-    while SECTIONS > 1 and turn < groups_of_block(parts) * SECTIONS:
+    cut = SECTIONS > 1 and items > section_of(items)             # else all are in the first section
+    while cut and turn < groups_of_block(parts) * SECTIONS:
         group, begin_item, end_item = of_warp(turn, part, parts, items)
         count = count_hits(group, begin_item, end_item)
         if lane() == 0:
             st8_shared(of_section + 8 * turn, count)
         turn += num_warps()
-    if SECTIONS > 1:
+    if cut:
         syncthreads()
     turn = warp_rank()
     while turn < groups_of_block(parts) * SECTIONS:
@@ -141,10 +150,10 @@ def number_staged(part, parts, watch, me, half, first, tokens, last):
             owner = udiv(group, LOCAL_GROUPS)
             count = ld8_shared(so_far + 16 * index + now) if first > 0 else 0
             for before in range(SECTIONS - 1):
-                count += ld8_shared(of_section + 8 * (index * SECTIONS + before)) if before < section else 0
-            places = places_for(watch, owner, me, half) + 8 * first * TOPK
-            count = number_group(group, places, begin_item, end_item, count)
-            if section == SECTIONS - 1 and lane() == 0:
+                count += ld8_shared(of_section + 8 * (index * SECTIONS + before)) if cut and before < section else 0
+            words, stride = words_for(watch, owner, me, half)
+            count = number_group(group, words + first * stride, stride, begin_item, end_item, count)
+            if section == (SECTIONS - 1 if cut else 0) and lane() == 0:
                 st8_shared(so_far + 16 * index + 8 - now, count)
                 if last:
                     tell(counts_for(watch, owner, me) + 8 * (1 + group - owner * LOCAL_GROUPS), watch[2], count)
@@ -156,7 +165,7 @@ def groups_of_block(parts):
     return udiv(GROUPS + parts - 1, parts)
 
 
-def announce(part, parts, watch, me, half, topk_idx, topk_weights, num_tokens, selected):
+def announce(part, parts, watch, me, half, topk_idx, topk_weights, num_tokens, max_tokens, selected):
     """All that the other ranks must know about this rank's tokens."""
     look = look_at_consumed(watch[0], last_first())
     first = 0
@@ -168,7 +177,7 @@ def announce(part, parts, watch, me, half, topk_idx, topk_weights, num_tokens, s
         elif begin(watch, DISPATCH_CONSUMED, look) == 0:
             return
         else:
-            tell_begun(part, watch, me, num_tokens)
+            tell_begun(part, watch, me, shape_bits(max_tokens) | num_tokens)
         send_routes(part, parts, watch, me, half, first * TOPK, tokens * TOPK, selected)
         number_staged(part, parts, watch, me, half, first, tokens, first + CHUNK >= num_tokens)
         syncthreads()

@@ -9,16 +9,18 @@ Kernels for ranks that all map each other are compiled with PORTS = 0, and nothi
 """
 from ..channels.memory import peer
 from .lang import fetch_add8_relaxed, ld8_constant, st8
+from .low_latency_slots import SLOT_BYTES, slot_at
 
 # Template parameters, as in `low_latency`.
 PORTS = 0                                       # 1: there are port peers; UNORDERED: and puts to them may overtake each other
-RANKS = MAX_TOKENS = TOPK = COUNTS = COUNTS_STRIDE = PLACES = ROWS = WIRE_BYTES = ROW_BYTES = 0
+RANKS = COUNTS = COUNTS_STRIDE = 0
 BOXES = CLAIMS = 0                              # offsets of control words
-BOX_ROUTES = BOX_PLACES = BOX_PACKETS = 0       # offsets in a box of this operation
+BOX_WORDS = 0                                   # offset in a box of the routes and places of its tokens, in a combine of packets
+WORD_BYTES = 0                                  # of a token's routes and places: 0 in a combine, which has none
 PACKET_BYTES = 0                                # of a packet, its header included
 
 UNORDERED = 2
-CLAIMED, FINGERPRINT, BOX_COUNTS = 0, 8, 16     # offsets in the header of any box
+CLAIMED, BOX_COUNTS = 0, 8                      # offsets in the header of any box
 PACKET_HEADER = 16                              # as in pyep.layout
 
 
@@ -63,38 +65,31 @@ def counts_for(watch, rank, me):
     return count_slot(memory, epoch, me)
 
 
-def routes_for(watch, rank, me, half):
-    """The address at which this rank stores the first of its tokens' routes for another.  half: the offset of the half."""
+def words_for(watch, rank, me, half):
+    """Where this rank stores its tokens' routes and places for another: the address of the first token's, and how far it is from
+    there to the next one's.  half: the offset of the half."""
     memory = peer(watch[0], rank)
     if PORTS and memory == 0:
-        return outbox(watch, rank) + BOX_ROUTES
-    return memory + half + 8 * me * MAX_TOKENS * TOPK
-
-
-def places_for(watch, rank, me, half):
-    """The address at which this rank stores the first of its tokens' places for another."""
-    memory = peer(watch[0], rank)
-    if PORTS and memory == 0:
-        return outbox(watch, rank) + BOX_PLACES
-    return memory + half + PLACES + 8 * me * MAX_TOKENS * TOPK
+        return outbox(watch, rank) + BOX_WORDS, WORD_BYTES
+    return slot_at(memory + half, me, 0), RANKS * SLOT_BYTES
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
-def packet_for(watch, rank, i):
-    """The address of the i-th packet, its header, in the outbox for a port peer."""
-    return outbox(watch, rank) + BOX_PACKETS + i * PACKET_BYTES
+def packets_in(box, num_tokens):
+    """The address of the first packet in a box, behind the words of so many tokens."""
+    return box + BOX_WORDS + num_tokens * WORD_BYTES
 
 
-def claim_row(watch, rank, slot, token, selections):
+def claim_row(watch, rank, row, token, num_tokens, selections):
     """Claim a packet for the row of a token that goes to a port peer, and write its header; the address for the row.
 
-    slot: where the row belongs, as an offset in the half.  selections: how many of the peer's experts the token selects.  The
-    header tells how many the packets claimed before have together: in a direct combine, where an output comes back for each
-    selection, that is the index of the token's first packet in the peer's box.
+    row: where it belongs, as an offset in the half.  num_tokens: of this rank.  selections: how many of the peer's experts the
+    token selects.  The header tells how many the packets claimed before have together: in a direct combine, where an output comes
+    back for each selection, that is the index of the token's first packet in the peer's box.
     """
     before = fetch_add8_relaxed(watch[0] + CLAIMS + 8 * rank, selections << 32 | 1)
-    packet = packet_for(watch, rank, before & 0xFFFFFFFF)
-    st8(packet, slot)
+    packet = packets_in(outbox(watch, rank), num_tokens) + (before & 0xFFFFFFFF) * PACKET_BYTES
+    st8(packet, row)
     st8(packet + 8, before & ~0xFFFFFFFF | token)
     return packet + PACKET_HEADER

@@ -5,39 +5,40 @@ from ..channels.memory import ABSENT, patience, read_word, report, wait_count
 from .basics import lanes_before
 from .lang import (add4, ballot, fetch_add8_relaxed, lane, ld8_relaxed, ld8_relaxed_if, ld8_shared, num_threads, polls_per_look,
                    popc, shared, st4, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod, warp_size)
-from .low_latency import (DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, LISTED, LOCAL_EXPERTS, MAX_TOKENS, NO_ROOM,
-                          OTHER_OPERATION, PLACES, RANK_MAJOR, RANKS, TOPK, WEIGHTED, last_first, wait_begun)
+from .low_latency import (DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, LOCAL_EXPERTS, NO_ROOM, OTHER_OPERATION, RANK_MAJOR,
+                          RANKS, TOKENS, TOPK, WEIGHTED, last_first, shape_bits, wait_begun)
 from .low_latency_announce import LOCAL_GROUPS
 from .low_latency_boxes import count_slot, is_port_peer
+from .low_latency_slots import listed_at, place_at, route_at
 from .op import rare
 
 TAKEN_CUTS = 1                                      # parts that a row is cut into, see `low_latency_dispatch`
 
 # ---- counts ----------------------------------------------------------------------------------------------------------
 
-def possible(watch, source, tokens):
-    """How many tokens a source sends, if it says so; 0 if it does not even dispatch."""
-    if tokens > MAX_TOKENS:
-        report(watch, OTHER_OPERATION, source, watch[0], 0, tokens)
-        tokens = 0
-    return tokens
+def told_tokens(watch, source, told, max_tokens):
+    """How many tokens a source sends, by what it has told; 0 if that is another operation, or of another shape."""
+    if told & ~TOKENS != shape_bits(max_tokens):
+        report(watch, OTHER_OPERATION, source, watch[0], 0, told)
+        return 0
+    return told & TOKENS
 
 
-def tokens_of(watch, source, waited):
+def tokens_of(watch, source, max_tokens, waited):
     """How many tokens a source sends."""
-    return possible(watch, source, wait_begun(watch, DISPATCH_COUNT, source, waited))
+    return told_tokens(watch, source, wait_begun(watch, DISPATCH_COUNT, source, waited), max_tokens)
 
 
-def measure_waits(part, watch, wait_stats):
+def measure_waits(part, watch, max_tokens, wait_stats):
     """Add up how long this rank waits for each source to begin; before anything else waits.  (For port peers: `wait_for_box`.)"""
     source = thread_rank()
     while wait_stats != 0 and part == 0 and source < RANKS:
         if is_port_peer(watch[0], source) == 0:
-            tokens_of(watch, source, wait_stats)
+            tokens_of(watch, source, max_tokens, wait_stats)
         source += num_threads()
 
 
-def read_counts(part, watch, sent):
+def read_counts(part, watch, max_tokens, sent):
     """Shared memory from here on: tokens[source], then count[source][expert], in the rank-major layout rows[source].  Returns the
     most tokens of a source."""
     base, _, epoch = watch
@@ -45,7 +46,7 @@ def read_counts(part, watch, sent):
     word = last_first()                                          # the first threads list units meanwhile
     while word < words:
         if word < RANKS:
-            count = tokens_of(watch, word, 0)
+            count = tokens_of(watch, word, max_tokens, 0)
             if part == 0 and not RANK_MAJOR:
                 st8(sent + 8 * word, count)
         else:
@@ -71,7 +72,7 @@ def first_row(source, expert):
     return row
 
 
-def add_up_counts(part, recv_count, layout_range, sent, recv_stats):
+def add_up_counts(part, max_tokens, recv_count, layout_range, sent, recv_stats):
     """What the caller and combine want of the counts: the first block sees to it, with its last threads."""
     group = last_first()
     while group < LOCAL_GROUPS and part == 0:
@@ -79,7 +80,7 @@ def add_up_counts(part, recv_count, layout_range, sent, recv_stats):
         for source in range(RANKS):
             count = ld8_shared(shared() + 8 * (RANKS + source * LOCAL_GROUPS + group))
             if RANK_MAJOR:
-                st8(layout_range + 8 * source, (source * MAX_TOKENS << 32) | count)
+                st8(layout_range + 8 * source, (source * max_tokens << 32) | count)
                 st4(recv_count + 4 * source, count)
                 st8(sent + 8 * source, count)
             else:
@@ -101,14 +102,14 @@ def add_up_counts(part, recv_count, layout_range, sent, recv_stats):
 # first cut *keeps* what combine and the caller want to know.
 
 
-def look_at_selection(base, half, source, token, k):
-    """Looks at the route and at the place of a selection."""
-    slot = base + half + 8 * ((source * MAX_TOKENS + token) * TOPK + k)
-    return ld8_relaxed_if(slot, k < TOPK), ld8_relaxed_if(slot + PLACES, k < TOPK)
+def look_at_selection(half_at, source, token, k):
+    """Looks at the route and at the place of a selection.  half_at: the address of the half."""
+    return (ld8_relaxed_if(route_at(half_at, source, token, k), k < TOPK),
+            ld8_relaxed_if(place_at(half_at, source, token, k), k < TOPK))
 
 
 @rare
-def wait_for_tokens(watch, half, source, token):
+def wait_for_tokens(watch, half, source, token, max_tokens):
     """`tokens_of`, with looks at this lane's selection of a token, in the hope that there is one: as every poll is accompanied by
     them, they show by and large what has come when the number of tokens has."""
     base, _, epoch = watch
@@ -119,8 +120,8 @@ def wait_for_tokens(watch, half, source, token):
         if umod(polls, polls_per_look()) == 0:
             deadline = patience(deadline, watch, DISPATCH_COUNT, source, counter, epoch, told)
         told = ld8_relaxed(counter)
-        route, place = look_at_selection(base, half, source, token, lane())
-    return possible(watch, source, told & 0xFFFFFFFF if deadline >= 0 else 0), route, place
+        route, place = look_at_selection(base + half, source, token, lane())
+    return told_tokens(watch, source, told & 0xFFFFFFFF if deadline >= 0 else 0, max_tokens), route, place
 
 
 def list_selections(entries, watch, me, half, source, token, route, place, keeps, row_of, weight_of):
@@ -131,13 +132,12 @@ def list_selections(entries, watch, me, half, source, token, route, place, keeps
     first = 0
     while first < TOPK:
         k = first + lane()
-        selection = (source * MAX_TOKENS + token) * TOPK + k
-        route_at = base + half + 8 * selection
+        selection = (token * RANKS + source) * TOPK + k
         if first > 0:
-            route, place = look_at_selection(base, half, source, token, k)
+            route, place = look_at_selection(base + half, source, token, k)
         expert = -1
         if k < TOPK:
-            route = read_word(route, watch, DISPATCH_ROUTE, source, route_at)
+            route = read_word(route, watch, DISPATCH_ROUTE, source, route_at(base + half, source, token, k))
             expert = (route & 0xFFFFFFFF) - 1 - me * LOCAL_EXPERTS
             if expert < 0 or expert >= LOCAL_EXPERTS:
                 expert = -1
@@ -147,28 +147,29 @@ def list_selections(entries, watch, me, half, source, token, route, place, keeps
                 st4(weight_of + 4 * selection, route >> 32)
         mine = ballot(1 if expert >= 0 else 0)
         if expert >= 0:
-            place = read_word(place, watch, DISPATCH_PLACE, source, route_at + PLACES)
+            place = read_word(place, watch, DISPATCH_PLACE, source, place_at(base + half, source, token, k))
             st8_shared(entries + 8 * (count + lanes_before(mine)), (k << 48) | (expert << 32) | (place & 0xFFFFFFFF))
         count += popc(mine)
         first += warp_size()
     return count
 
 
-def place_selections(entries, count, watch, source, token, keeps, src_info, row_of):
-    """Second step: the entries become rows of recv_x, counted over all local experts; with src_info and row_of."""
+def place_selections(entries, count, watch, source, token, max_tokens, keeps, src_info, row_of):
+    """Second step: the entries become local expert << 32 | row of recv_x, counted over all local experts; with src_info and
+    row_of."""
     i = lane()
     while i < count:
         entry = ld8_shared(entries + 8 * i)
         k, expert = (entry >> 48) & 0xFFFF, (entry >> 32) & 0xFFFF
         row = first_row(source, expert) + (entry & 0xFFFFFFFF)
-        if row >= RANKS * MAX_TOKENS:
+        if row >= RANKS * max_tokens:
             report(watch, NO_ROOM, source, watch[0], token, expert)
             row = 0
-        row += expert * RANKS * MAX_TOKENS
-        st8_shared(entries + 8 * i, row)
+        row += expert * RANKS * max_tokens
+        st8_shared(entries + 8 * i, (expert << 32) | row)
         if keeps:
             st4(src_info + 4 * row, token)
-            st8(row_of + 8 * ((source * MAX_TOKENS + token) * TOPK + k), row)
+            st8(row_of + 8 * ((token * RANKS + source) * TOPK + k), row)
         i += warp_size()
 
 
@@ -181,11 +182,10 @@ def list_token(entries, watch, me, half, source, token, route, place, keeps, row
     while first < TOPK:
         k = first + lane()
         if first > 0:
-            route, _ = look_at_selection(base, half, source, token, k)
+            route, _ = look_at_selection(base + half, source, token, k)
         expert = -1
         if k < TOPK:
-            route_at = base + half + 8 * ((source * MAX_TOKENS + token) * TOPK + k)
-            route = read_word(route, watch, DISPATCH_ROUTE, source, route_at)
+            route = read_word(route, watch, DISPATCH_ROUTE, source, route_at(base + half, source, token, k))
             expert = (route & 0xFFFFFFFF) - 1 - me * LOCAL_EXPERTS
             if expert >= 0 and expert < LOCAL_EXPERTS:
                 st8_shared(entries + 8 * k, (route & ~0xFFFFFFFF) | expert)
@@ -198,16 +198,16 @@ def list_token(entries, watch, me, half, source, token, route, place, keeps, row
         first += warp_size()
     if lane() == 0:
         if hits != 0:
-            place_at = base + half + PLACES + 8 * (source * MAX_TOKENS + token) * TOPK
-            st8_shared(entries + 8 * TOPK, read_word(place, watch, DISPATCH_PLACE, source, place_at))
+            place = read_word(place, watch, DISPATCH_PLACE, source, place_at(base + half, source, token, 0))
+            st8_shared(entries + 8 * TOPK, place)
         elif keeps:
-            st8(row_of + 8 * (source * MAX_TOKENS + token), -1)
+            st8(row_of + 8 * (token * RANKS + source), -1)
     return 1 if hits != 0 else 0
 
 
-def place_token(entries, source, token, keeps, src_info, row_of, recv_topk_idx, recv_topk_weights):
-    """Second step: the unit's row of recv_x, and its selections beside it."""
-    row = source * MAX_TOKENS + ld8_shared(entries + 8 * TOPK)
+def place_token(entries, source, token, max_tokens, keeps, src_info, row_of, recv_topk_idx, recv_topk_weights):
+    """Second step: source << 32 | the unit's row of recv_x, and its selections beside it."""
+    row = source * max_tokens + ld8_shared(entries + 8 * TOPK)
     k = lane()
     while k < TOPK and keeps:
         entry = ld8_shared(entries + 8 * k)
@@ -218,43 +218,42 @@ def place_token(entries, source, token, keeps, src_info, row_of, recv_topk_idx, 
         k += warp_size()
     syncwarp()
     if lane() == 0:
-        st8_shared(entries, row)
+        st8_shared(entries, (source << 32) | row)
         if keeps:
             st4(src_info + 4 * row, token)
-            st8(row_of + 8 * (source * MAX_TOKENS + token), row)
+            st8(row_of + 8 * (token * RANKS + source), row)
 
 
 def count_list(watch, half, source, token):
     """Count that a warp has listed a unit, which takes a trip to memory; how many had before, less one (for lane 0)."""
     syncwarp()                                                   # all lanes have read their words
     if TAKEN_CUTS > 1 and lane() == 0:
-        return fetch_add8_relaxed(watch[0] + half + LISTED + 8 * (source * MAX_TOKENS + token), 1)
+        return fetch_add8_relaxed(listed_at(watch[0] + half, source, token), 1)
     return TAKEN_CUTS - 2
 
 
 def clear_words(watch, half, source, token, before):
     """The warp that listed a unit last makes the slots of its words ready for the next sender.  before: from `count_list`."""
     if ballot(1 if lane() == 0 and before == TAKEN_CUTS - 2 else 0) != 0:
-        unit = source * MAX_TOKENS + token
-        k = lane()
+        half_at, k = watch[0] + half, lane()
         while k < TOPK:
-            slot = watch[0] + half + 8 * (unit * TOPK + k)
-            st8_relaxed(slot, ABSENT)
-            st8_relaxed(slot + PLACES, ABSENT)
+            st8_relaxed(route_at(half_at, source, token, k), ABSENT)
+            st8_relaxed(place_at(half_at, source, token, k), ABSENT)
             k += warp_size()
         if TAKEN_CUTS > 1 and lane() == 0:
-            st8_relaxed(watch[0] + half + LISTED + 8 * unit, ABSENT)
+            st8_relaxed(listed_at(half_at, source, token), ABSENT)
 
 
-def clear_tails(part, parts, recv_topk_idx, recv_topk_weights):
+def clear_tails(part, parts, max_tokens, recv_topk_idx, recv_topk_weights):
     """Rank-major: in rows that no token got, nothing is selected.  Only blocks that have a unit call."""
-    rows = shared() + 8 * RANKS
-    parts = parts if parts < RANKS * MAX_TOKENS else RANKS * MAX_TOKENS
-    i = part * num_threads() + thread_rank()
-    while i < RANKS * MAX_TOKENS * TOPK:
-        source = udiv(i, MAX_TOKENS * TOPK)
-        if i >= (source * MAX_TOKENS + ld8_shared(rows + 8 * source)) * TOPK:
+    parts = parts if parts < RANKS * max_tokens else RANKS * max_tokens
+    source = 0
+    while source < RANKS:
+        rows = ld8_shared(shared() + 8 * (RANKS + source))
+        i = (source * max_tokens + rows) * TOPK + part * num_threads() + thread_rank()
+        while i < (source + 1) * max_tokens * TOPK:
             st8(recv_topk_idx + 8 * i, -1)
             if WEIGHTED:
                 st4(recv_topk_weights + 4 * i, 0)
-        i += parts * num_threads()
+            i += parts * num_threads()
+        source += 1

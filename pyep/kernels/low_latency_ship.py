@@ -13,13 +13,11 @@ from ..channels.port import put, put_with_signal
 from .basics import after
 from .lang import (add8, clock_ns, fetch_add8, ld8, ld8_acquire, ld8_constant, ld8_relaxed, num_blocks, num_threads, st8,
                    syncthreads, syncthreads_or, thread_rank)
-from .low_latency_boxes import (BOX_PACKETS, CLAIMED, CLAIMS, FINGERPRINT, PACKET_BYTES, PORTS, RANKS, UNORDERED, box_entry,
-                                is_port_peer)
+from .low_latency_boxes import (BOX_WORDS, CLAIMED, CLAIMS, PACKET_BYTES, PORTS, RANKS, UNORDERED, box_entry, is_port_peer)
 from .op import rare
 
 # Template parameters, as in `low_latency`.
 PORT_HANDLES = CONSUMED = LINE = PACKED = TOLD = FLAGS = FAILED = 0            # offsets of control words; bytes
-SHAPE = 0                                       # the fingerprint of the shape
 
 
 def consumed_here(epoch, lag):
@@ -78,13 +76,13 @@ def is_last(base):
     return syncthreads_or(last)
 
 
-def ship_box(watch, wait, me, rank, claimed, consumed):
-    """Put the box for a port peer, then its flag.  claimed: packets in the box | in a dispatch, the selections they serve << 32."""
+def ship_box(watch, wait, me, rank, claimed, words, consumed):
+    """Put the box for a port peer, then its flag.  claimed: packets in the box | in a dispatch, the selections they serve << 32.
+    words: bytes of routes and places before them."""
     base, _, epoch = watch
     here, _, there = box_entry(watch, rank)
     st8(base + here + CLAIMED, claimed)
-    st8(base + here + FINGERPRINT, SHAPE)
-    put_to(watch, wait, rank, there, base + here, BOX_PACKETS + (claimed & 0xFFFFFFFF) * PACKET_BYTES)
+    put_to(watch, wait, rank, there, base + here, BOX_WORDS + words + (claimed & 0xFFFFFFFF) * PACKET_BYTES)
     flag = flag_of(watch, rank)
     st8(flag, consumed)
     st8(flag + 8, epoch)
@@ -92,12 +90,12 @@ def ship_box(watch, wait, me, rank, claimed, consumed):
     put_to(watch, wait, rank, CONSUMED + LINE * me, flag, 16)
 
 
-def ship(watch, wait, me, lag, claimed, stride):
+def ship(watch, wait, me, lag, claimed, words):
     """Every block of a launch that sends calls this when it has packed all its packets; the last one ships all boxes, the next
     rank's first.
 
-    claimed: address of the word that `ship_box` wants for rank 0; that for rank r is r * stride bytes on.  After an error nothing
-    is shipped: a block that gave up has not packed its part.
+    claimed: address of the words that `ship_box` wants, one for each rank.  words: as there.  After an error nothing is shipped: a
+    block that gave up has not packed its part.
     """
     base, _, epoch = watch
     if is_last(base) != 0:
@@ -106,7 +104,7 @@ def ship(watch, wait, me, lag, claimed, stride):
             rank = after(me, i)
             if is_port_peer(base, rank):
                 if ld8_relaxed(base + FAILED) == 0:
-                    ship_box(watch, wait, me, rank, ld8(claimed + stride * rank), consumed_here(epoch, lag))
+                    ship_box(watch, wait, me, rank, ld8(claimed + 8 * rank), words, consumed_here(epoch, lag))
                 st8(base + CLAIMS + 8 * rank, 0)
             i += num_threads()
 

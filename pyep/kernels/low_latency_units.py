@@ -7,8 +7,8 @@ from ..channels.memory import report
 from .basics import add_entry, after, warp_rank
 from .lang import (lane, ld4_nc_if, ld8_nc, ld8_nc_if, num_threads, syncwarp, udiv, umod,
                    warp_size)
-from .low_latency import (COMBINE, COMBINE_BEGUN, MAX_TOKENS, NEIGHBOURS, OTHER_OPERATION, PER_LANE, RANKS, RECEIVERS, ROW_BYTES,
-                          SENDERS, TOPK, WEIGHTED, last_first, wait_begun)
+from .low_latency import (COMBINE, COMBINE_BEGUN, LOCAL_EXPERTS, NEIGHBOURS, OTHER_OPERATION, PER_LANE, RANKS, RECEIVERS, ROW_BYTES,
+                          SENDERS, TOPK, WEIGHTED, last_first, shape_bits, wait_begun)
 from .low_latency_boxes import PORTS, is_port_peer
 
 # ---- slices and units ------------------------------------------------------------------------------------------------
@@ -46,9 +46,9 @@ def others():
     return RANKS - 1 if reads_own_y() and RANKS > 1 else RANKS
 
 
-def units():
+def units(max_tokens):
     """In sending: how many there are if every token has something to send."""
-    return MAX_TOKENS * others() * slices()
+    return max_tokens * others() * slices()
 
 
 def source_of(unit, me):
@@ -66,36 +66,40 @@ def tokens_here(unit, me, sent):
     return ld8_nc(sent + 8 * source_of(unit, me))
 
 
-def travels(unit, me, tokens):
+def travels(unit, me, tokens, max_tokens):
     """In sending: whether a unit may have something to send; tokens: as above."""
-    return unit < units() and token_of(unit) < tokens and (source_of(unit, me) != me or not reads_own_y())
+    return unit < units(max_tokens) and token_of(unit) < tokens and (source_of(unit, me) != me or not reads_own_y())
 
 
 def first_packet(unit, me, packet_of):
     """In sending to a port peer: the index in its box of the first packet for a unit's token, see `claim_row`."""
-    return ld8_nc(packet_of + 8 * (source_of(unit, me) * (MAX_TOKENS + 1) + token_of(unit))) if PORTS else 0
+    return ld8_nc(packet_of + 8 * ((1 + token_of(unit)) * RANKS + source_of(unit, me))) if PORTS else 0
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
-def list_unit(rows, unit, me, y, row_of, weight_of, sent):
+def list_unit(rows, unit, me, max_tokens, y, row_of, weight_of, sent):
     """In sending: `list_rows` for the token of a unit; 0 if that does not exist or need not travel."""
-    tokens = tokens_here(unit, me, sent)
-    return list_rows(rows, source_of(unit, me), token_of(unit), travels(unit, me, tokens), y, row_of, weight_of)
+    wanted = travels(unit, me, tokens_here(unit, me, sent), max_tokens)
+    return list_rows(rows, source_of(unit, me), token_of(unit), wanted, max_tokens, y, row_of, weight_of)
 
 
-def list_rows(rows, source, token, wanted, y, row_of, weight_of):
+def list_rows(rows, source, token, wanted, max_tokens, y, row_of, weight_of):
     """One warp lists the rows of y that the experts here made of a token of `source`, in k order, two words each: address; weight,
-    or k if no weights came with the tokens.  Returns how many; 0 unless wanted."""
+    or k if no weights came with the tokens.  Returns how many; 0 unless wanted.
+
+    After a dispatch that has failed, `row_of` may have rows of an earlier one with a larger M: they are none of y.
+    """
+    end = LOCAL_EXPERTS * RANKS * max_tokens
     count = 0
     first = 0
     while first < TOPK:
         k = first + lane()
-        selection = (source * MAX_TOKENS + token) * TOPK + k
-        exists = k < TOPK and token < MAX_TOKENS
+        selection = (token * RANKS + source) * TOPK + k
+        exists = k < TOPK and token < max_tokens
         row = ld8_nc_if(row_of + 8 * selection, exists)
         second = ld4_nc_if(weight_of + 4 * selection, exists) if WEIGHTED else k
-        count = add_entry(rows, count, exists and row >= 0 and wanted, y + row * ROW_BYTES, second)
+        count = add_entry(rows, count, exists and row >= 0 and row < end and wanted, y + row * ROW_BYTES, second)
         first += warp_size()
     syncwarp()
     return count
@@ -103,12 +107,13 @@ def list_rows(rows, source, token, wanted, y, row_of, weight_of):
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
-def wait_for_all(part, parts, watch, wait_stats):
+def wait_for_all(part, parts, watch, max_tokens, wait_stats):
     """One warp makes sure that every rank has begun this operation, also those that have nothing for this rank.  (Port peers: see
     `low_latency_unpack`.)"""
     rank = last_first()                                          # of the last block: it has the least to sum
     while rank < RANKS and part == parts - 1:
-        begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats) if is_port_peer(watch[0], rank) == 0 else COMBINE
-        if begun != COMBINE:
+        expected = COMBINE | shape_bits(max_tokens)
+        begun = wait_begun(watch, COMBINE_BEGUN, rank, wait_stats) if is_port_peer(watch[0], rank) == 0 else expected
+        if begun != expected:
             report(watch, OTHER_OPERATION, rank, watch[0], COMBINE, begun)
         rank += num_threads()

@@ -22,7 +22,7 @@ from numba.core.datamodel import models
 from numba.extending import register_model
 
 from . import cache
-from .bytecode import without_copies
+from .collectives import code_of
 
 i32, i64, f32, void = types.int32, types.int64, types.float32, types.void
 
@@ -199,4 +199,4 @@ def bind(fn, machine, **constants):
             names[name] = value.on(machine)
         elif isinstance(value, FunctionType):
             names[name] = helper(value, machine, constants)
-    return FunctionType(without_copies(fn.__code__), names, fn.__name__, fn.__defaults__, fn.__closure__)
+    return FunctionType(code_of(fn), names, fn.__name__, fn.__defaults__, fn.__closure__)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from .arithmetic import to_bf16
-from .fp8 import BLOCK
 from .routing import local_experts, tokens_for
 
 
@@ -39,7 +38,7 @@ class HighThroughputDispatched(NamedTuple):
     recv_topk_weights 0; recv_x and the handle's recv_src_idx are unspecified there, the oracle leaves 0 and -1.
     """
 
-    recv_x: np.ndarray | tuple  # [N, H] bf16, or the pair (e4m3 [N, H], fp32 [N, H/128])
+    recv_x: np.ndarray | tuple  # [N, H], or the pair (values [N, H], scales [N, S] or [N])
     recv_topk_idx: np.ndarray | None  # [N, K] int64: local experts, -1 for what is another rank's or nobody's
     recv_topk_weights: np.ndarray | None  # [N, K] fp32, 0 beside a -1
     num_recv_tokens_per_expert_list: list  # L ints: selections of each local expert, rounded up; [] with worst rows
@@ -78,8 +77,8 @@ def dispatch(x, layout, topk_idx=None, topk_weights=None, expert_alignment=1, nu
 
     A cached dispatch is this too, with the layout of the first and without indices and weights.
 
-    x: list of [T_r, H] bf16, or of pairs (e4m3 [T_r, H], scales fp32 [T_r, H/128]): bits are passed through. layout:
-    list of `HighThroughputLayout`. topk_idx: None or list of [T_r, K] int. topk_weights: None or list of [T_r, K] fp32,
+    x: list of [T_r, H], or of pairs (values [T_r, H], scales [T_r, S] or [T_r]): bits are passed through. layout: list of
+    `HighThroughputLayout`. topk_idx: None or list of [T_r, K] int. topk_weights: None or list of [T_r, K] fp32,
     not without topk_idx. expert_alignment: the counts by expert are rounded up to a multiple of it.
     num_worst_tokens: None or a list of the rows that each rank's results have. Returns a list of
     `HighThroughputDispatched`. ValueError for what cannot be, for more rows than num_worst_tokens too.
@@ -217,8 +216,6 @@ def check_dispatch(x, layout, topk_idx, topk_weights, expert_alignment):
         if len(of_rank.num_tokens_per_expert) % num_ranks:
             raise ValueError(f"{len(of_rank.num_tokens_per_expert)} experts do not divide among {num_ranks} ranks")
         parts = x[rank] if isinstance(x[rank], tuple) else (x[rank],)
-        if len(parts) == 2 and parts[0].shape[1] != parts[1].shape[1] * BLOCK:
-            raise ValueError(f"hidden is {parts[0].shape[1]}, with {parts[1].shape[1]} scales; one is for {BLOCK} values")
         for name, of_all in ("topk_idx", topk_idx), ("topk_weights", topk_weights):
             if of_all is not None:
                 parts += (of_all[rank],)
