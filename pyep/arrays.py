@@ -187,7 +187,7 @@ def as_numpy(array):
     """A checked array on the CPU as one of NumPy, not copied: whatever its class, and the mode that PyTorch is in."""
     if isinstance(array, np.ndarray):
         return np.asarray(array)
-    library = library_of(array, "array")
+    library = _library("torch", "cpu")
     return _library("numpy", "cpu").lent(library.pointer(array), library.dtype(array), tuple(array.shape), array)
 
 
