@@ -12,6 +12,9 @@ import ml_dtypes
 import numpy as np
 
 
+AS_IT_IS = contextlib.nullcontext()
+
+
 class Library:
     """What pyep needs of an array library; `engine` is the engine whose memory its arrays are in ("cpu", "cuda")."""
 
@@ -59,9 +62,13 @@ class Library:
         """What keeps kernels from the values of an array, in words; None if nothing does."""
         return None
 
+    def plainly(self):
+        """A context in which to make arrays of arrays: real ones, whatever mode the caller is in."""
+        return AS_IT_IS
+
     def lasting(self):
         """A context in which to make arrays that outlive a call: they belong to no mode that its caller is in."""
-        return contextlib.nullcontext()
+        return AS_IT_IS
 
     def has_history(self, *arrays):
         """Whether autograd has attached something to any of these, of which some may be None."""
@@ -79,10 +86,6 @@ class Library:
         """An array over memory at an address; `owner` lives as long as the array and its views.  dtype: its name."""
         array = self.of_memory(Memory(self.engine, address, shape, owner, TYPES.get(dtype, "|u1")))
         return array.view(self.dtype_of(dtype)) if dtype in VIEWED else array
-
-    def retyped(self, array, dtype):
-        """An array's memory as values of another type, one of the library's."""
-        return array.view(dtype)
 
     def dtype_of(self, name):
         """The library's dtype of a name."""

@@ -43,17 +43,18 @@ class Received:
         """By section, the arrays; None where nothing moves.  Where they lie, or copied on the stream, behind the dispatch.  Also
         how many bytes were copied."""
         arrays, n, copied = [None] * len(self.addresses), self._num_rows, 0
-        for i, kind in enumerate(self._kinds):
-            address = self.addresses[kind.index]
-            if self._slabs:
-                array = library.lent(address, "uint8", (n, kind.nbytes), self._slabs[i])
-            else:
-                array = library.empty((n, kind.nbytes), "uint8")
-                if n:
-                    engine.copy(library.pointer(array), address, n * kind.nbytes, stream)
-                    copied += n * kind.nbytes
-            array = library.retyped(array, kind.dtype)
-            arrays[kind.index] = array if kind.by_rows else array.reshape(n)
+        with library.plainly():
+            for i, kind in enumerate(self._kinds):
+                address = self.addresses[kind.index]
+                if self._slabs:
+                    array = library.lent(address, "uint8", (n, kind.nbytes), self._slabs[i])
+                else:
+                    array = library.empty((n, kind.nbytes), "uint8")
+                    if n:
+                        engine.copy(library.pointer(array), address, n * kind.nbytes, stream)
+                        copied += n * kind.nbytes
+                array = array.view(kind.dtype)
+                arrays[kind.index] = array if kind.by_rows else array.reshape(n)
         return arrays, copied
 
 
@@ -82,7 +83,8 @@ class Words:
         if self._array is None:
             self._array = library.lent(self.addresses[0], "int32", self._shape, self._slab)
         num_ranks = self._shape[1]
-        return self._array[:num_ranks], self._array[num_ranks:]
+        with library.plainly():
+            return self._array[:num_ranks], self._array[num_ranks:]
 
 
 class Known(NamedTuple):

@@ -52,6 +52,9 @@ class Torch(Library):
     def obstacle(array):
         return obstacle(array)
 
+    def plainly(self):
+        return outside_of_modes() if in_a_mode() else super().plainly()
+
     def lasting(self):
         return belonging_to_no_mode()
 
@@ -80,12 +83,6 @@ class Torch(Library):
             with outside_of_modes():
                 return super().lent(address, dtype, shape, owner)
         return super().lent(address, dtype, shape, owner)
-
-    def retyped(self, array, dtype):
-        if in_a_mode():
-            with outside_of_modes():
-                return array.view(dtype)
-        return array.view(dtype)
 
     def of_memory(self, memory):
         return torch.as_tensor(memory, device="cuda") if self.engine == "cuda" else torch.from_numpy(np.asarray(memory))
