@@ -246,7 +246,7 @@ def fail_alone(comm, arguments, environment):
         told, caught = (type(caught.value), str(caught.value)), None
     gc.collect()                                                 # the errors, and what their tracebacks refer to
     assert held() == before
-    comm.barrier()                                               # else others may meet the rank that failed as it comes again
+    comm.barrier()                                               # else the others might find together with its second attempt
     small(comm).destroy()                                        # and ranks find together again
     return told
 

@@ -14,6 +14,7 @@ from ..errors import EPTimeoutError, EPTransportError
 
 LOOK_S = 0.1                            # how often a rank that waits looks at what has become of each of the others
 SHORT_NAP_S, LONG_NAP_S = 20e-6, 2e-3   # between two looks at the board
+HAS_FAILED = "has failed: "
 HELLO, AGREED = "hello", "agreed"       # keys of all Buffers; those of one begin with what its ranks have agreed on
 
 
@@ -67,7 +68,7 @@ class Bootstrap:
     def allgather(self, value, timeout_s, what):
         """The values (anything that can be pickled) of all ranks, in rank order.
 
-        EPTimeoutError that names who did not come; EPTransportError as soon as one that is waited for has parted.
+        EPTimeoutError that names who did not come; `raise_failure`'s error as soon as one that is waited for has parted.
         """
         self._step += 1
         key, waiting = f"{self._name}/{self._step}", Waiting(timeout_s)
@@ -133,9 +134,11 @@ class Waiting:
 
 
 def raise_failure(what, failures):
-    """EPTransportError if there are any; failures: {rank: what has become of it, in words}."""
+    """EPTransportError if there are any, or EPTimeoutError if the other rank has waited in vain; failures: {rank: what has become
+    of it, in words}."""
     for rank, failure in failures.items():
-        raise EPTransportError(f"{what}: rank {rank} {failure}")
+        kind = EPTimeoutError if failure.startswith(f"{HAS_FAILED}{EPTimeoutError.__name__}:") else EPTransportError
+        raise kind(f"{what}: rank {rank} {failure}")
 
 
 def tell_failure(board, error):
@@ -146,7 +149,7 @@ def tell_failure(board, error):
 
 def failure_of(error):
     """What has become of a rank with an error, in words for the others."""
-    return f"has failed: {type(error).__name__}: {error}"
+    return f"{HAS_FAILED}{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
