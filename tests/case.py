@@ -150,10 +150,15 @@ def assert_dispatched(got, want):
             assert_same(down(a), b, field)
 
 
+def dispatch_inputs(me, case, x, topk_idx, topk_weights):
+    """The arguments of a rank's part of the dispatch of a case, from the inputs of all ranks."""
+    return dict(x=up(x[me]), topk_idx=up(topk_idx[me]), num_max_dispatch_tokens_per_rank=case.max_tokens, num_experts=case.experts,
+                topk_weights=up(topk_weights[me]) if case.weighted else None, **case.options)
+
+
 def dispatch(buf, case, x, topk_idx, topk_weights, **options):
     """This rank's part of the dispatch of a case, from the inputs of all ranks."""
-    inputs, weights = [up(a[buf.rank]) for a in (x, topk_idx)], up(topk_weights[buf.rank]) if case.weighted else None
-    return buf.low_latency_dispatch(*inputs, case.max_tokens, case.experts, topk_weights=weights, **case.options, **options)
+    return buf.low_latency_dispatch(**dispatch_inputs(buf.rank, case, x, topk_idx, topk_weights), **options)
 
 
 def run_round(buf, case, hooks=(False, False), zero_copy=False, out=False):

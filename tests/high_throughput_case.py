@@ -180,21 +180,28 @@ def carried(made, me):
     return args
 
 
+def dispatch_inputs(made, me):
+    """The arguments of a rank's part of the first dispatch of a case."""
+    case = made.case
+    return dict(x=up_x(made.x[me]), **counts_of(made.layout[me]), **carried(made, me), expert_alignment=case.alignment,
+                num_worst_tokens=case.rows[me] if case.rows else 0)
+
+
 def dispatch(buf, made, **options):
     """This rank's part of the first dispatch of a case."""
-    me, case = buf.rank, made.case
-    args = dict(x=up_x(made.x[me]), **counts_of(made.layout[me]), **carried(made, me), expert_alignment=case.alignment,
-                num_worst_tokens=case.rows[me] if case.rows else 0)
-    return buf.dispatch(**args | options)
+    return buf.dispatch(**dispatch_inputs(made, buf.rank) | options)
+
+
+def combine_inputs(made, me):
+    """The arguments of a rank's part of the combine of a case, but for the handle."""
+    bias = tuple(map(up, made.bias[me]))
+    return dict(x=up(made.y[me]), topk_weights=None if made.y_weights is None else up(made.y_weights[me]),
+                bias={0: None, 1: bias[:1] and bias[0], 2: bias}[len(bias)])
 
 
 def combine(buf, made, handle, **options):
     """This rank's part of the combine of a case."""
-    me = buf.rank
-    bias = tuple(map(up, made.bias[me]))
-    args = dict(topk_weights=None if made.y_weights is None else up(made.y_weights[me]),
-                bias={0: None, 1: bias[:1] and bias[0], 2: bias}[len(bias)])
-    return buf.combine(up(made.y[me]), handle, **args | options)
+    return buf.combine(handle=handle, **combine_inputs(made, buf.rank) | options)
 
 
 def assert_bits(got, want, what):

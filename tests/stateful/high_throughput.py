@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 from engine import up
-from high_throughput_case import (Case, assert_combined, assert_dispatched, assert_layout, combine, dispatch, floats, rows_of_bf16,
-                                  up_x)
+from high_throughput_case import (Case, assert_combined, assert_dispatched, assert_layout, combine_inputs, dispatch, dispatch_inputs,
+                                  floats, rows_of_bf16, up_x)
 
 from pyep import EPBufferTooSmallError
 
@@ -83,8 +83,8 @@ class Dispatch(Operation):
         if self.counted:
             per_rank, _, per_expert, in_rank, _ = counted_layout(self, self.timing)
             options = dict(num_tokens_per_rank=per_rank, num_tokens_per_expert=per_expert, is_token_in_rank=in_rank)
-        like = up(self.made.topk_idx[self.me])
-        got = dispatch(self.buf, self.made, **options, **self.timing.options(self.held, like))
+        inputs = dispatch_inputs(self.made, self.me) | options
+        got = self.buf.dispatch(**inputs, **self.timing.options(self.held, inputs["is_token_in_rank"]))
         ended(self, got, self.made, lambda: self.made.dispatched)
 
 
@@ -154,8 +154,8 @@ class CombineRows(Operation):
         return f"{self.name}combine by the handle of step {self.record.born}{options}"
 
     def run(self):
-        like = up(self.made.y[self.me])
-        got = combine(self.buf, self.made, self.record.handle, **self.timing.options(self.held, like))
+        inputs = combine_inputs(self.made, self.me)
+        got = self.buf.combine(handle=self.record.handle, **inputs, **self.timing.options(self.held, inputs["x"]))
         self.timing.ended(self.held, self.world.step, f"the combine of step {self.world.step}", got[2],
                           lambda: assert_combined(got, self.made.combined[self.me]))
 

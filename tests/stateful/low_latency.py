@@ -2,7 +2,7 @@
 import dataclasses
 
 import numpy as np
-from case import assert_dispatched, assert_same, dispatch
+from case import assert_dispatched, assert_same, dispatch_inputs
 from engine import down, up
 
 from pyep.reference.arithmetic import to_bf16
@@ -63,8 +63,10 @@ class Receive(Operation):
         record = Received(held, self.world.step, case, made)
         out = up(np.full_like(made[3][self.me], 7)) if self.out else None
         rows, waits = (up(start.astype(dtype)) for start, dtype in zip(self.stats, (np.int32, np.int64)))
-        got = dispatch(self.buf, case, *made[:3], out=out, cumulative_local_expert_recv_stats=rows if self.counted else None,
-                       dispatch_wait_recv_cost_stats=waits if self.waited else None, **self.timing.options(held, rows))
+        inputs = dispatch_inputs(self.me, case, *made[:3])
+        got = self.buf.low_latency_dispatch(
+            **inputs, out=out, cumulative_local_expert_recv_stats=rows if self.counted else None,
+            dispatch_wait_recv_cost_stats=waits if self.waited else None, **self.timing.options(held, rows))
         held.used.add(shape_of(case))
         held.counts[record.shares] = record.turn
         record.handle = got.handle

@@ -44,7 +44,7 @@ class Timing:
         return self.async_finish and bool(self.previous)
 
     def options(self, held, like):
-        """As arguments of an operation whose inputs are there; like: one of them."""
+        """As arguments of an operation whose inputs are there, all of them: an event covers only what came before; like: one."""
         options = dict(async_finish=self.async_finish)
         if self.hook:
             options["return_recv_hook"] = True
