@@ -6,7 +6,8 @@ from .calls import Call
 from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_room, check_shape
 from .events import EventOverlap
 from .kernels.low_latency_boxes import UNORDERED
-from .low_latency import COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan, widest
+from .low_latency import (COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan, void_error,
+                          widest)
 from .results import LowLatencyDispatched, LowLatencyHandle, Results
 
 MOST_CALLS = 4096                       # checked calls that are kept in mind
@@ -25,6 +26,7 @@ class LowLatencyOperations:
         words = functools.partial(error_from, rank=connection.rank, shapes=self._shapes, half_bytes=connection.half_bytes,
                                   timeout_s=connection.timeout_s)
         connection.words_for.update(dict.fromkeys(WORDS_FOR, words))
+        connection.words_for["void"] = functools.partial(void_error, rank=connection.rank, shapes=self._shapes)
 
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None, use_fp8=True,
@@ -75,7 +77,6 @@ class LowLatencyOperations:
         args = call.aligned(x, "x"), at(topk_idx), at(topk_weights), num_tokens, at(stats), at(waits), *addresses
         event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
                                 async_finish, previous_event)
-        call.results.dispatches += 1                             # only now: a call that was refused is no dispatch
         handle = LowLatencyHandle(self._connection.number, call.results.dispatches, received, addresses, shape, num_tokens)
         recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
         dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
@@ -238,11 +239,11 @@ class LowLatencyOperations:
         stream = connection.streams.enter(current, async_finish, previous_event)
         if not return_recv_hook and "both" in call.kernels:
             lag = self._in_flight.send_and_receive()
-            self._shapes[operation] = call.shape                 # only now: an operation that was refused leaves no error
+            self._note(operation, call)
             self._launch(call, "both", stream, lag, args)
         else:
             number, lag = self._in_flight.send()
-            self._shapes[operation] = call.shape
+            self._note(operation, call)
             self._launch(call, "send", stream, lag, args)
             receive = ReceiveHook(self, call, number, args, keep)
             if not return_recv_hook:
@@ -252,6 +253,13 @@ class LowLatencyOperations:
         if previous_event is not None:
             event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
         return event, receive if return_recv_hook else None
+
+    def _note(self, operation, call):
+        """An operation is launched now, and no longer refused: errors are about its shape, and results of earlier dispatches are
+        overwritten, even if it turns out to be void."""
+        self._shapes[operation] = call.shape
+        if operation == DISPATCH:
+            call.results.dispatches += 1
 
     def _launch(self, call, phase, stream, lag, args):
         connection = self._connection

@@ -9,7 +9,7 @@ import numpy as np
 from . import layout
 from .channels import parting
 from .channels.bootstrap import Bootstrap, failure_of, telling_failure
-from .channels.memory import RECORD
+from .channels.memory import RECORD, VOID_OPERATION, VOID_REASON
 from .channels.nodes import find_nodes
 from .channels.parting import Parting
 from .channels.transport import require_same_settings
@@ -34,7 +34,8 @@ class Connection:
     heap             num_nvl_bytes of the symmetric memory
     boxes            offset of the rest of it, which is for what travels between nodes; none if there is one node
     words_for        by the number of a wait (the word "wait" of a status record): a function that makes an error of the record.
-                     It must not refer to the `Buffer`, which would live as long as this then
+                     It must not refer to the `Buffer`, which would live as long as this then.  By "void": the same of an operation
+                     that is void, for its rank, epoch and reason
     error            what has made the connection unusable, or None
     """
 
@@ -124,7 +125,10 @@ class Connection:
         self.check()
 
     def check(self):
-        """Raise what went wrong in an operation that has run, if anything has.  Does not wait for a GPU."""
+        """Raise what went wrong in an operation that has run, if anything has.  Does not wait for a GPU.
+
+        The connection stays usable only where the operation is void: then all ranks have run it, and all raise this.
+        """
         if self.error is not None:
             raise without_traceback(self.error)
         if self.transport is None:
@@ -132,6 +136,10 @@ class Connection:
         if self.transport.record[0]:
             self.error = self._error_of(dict(zip(RECORD, self.transport.record)))
             raise without_traceback(self.error)
+        void = self.transport.record[VOID_OPERATION]
+        if void:
+            reason, self.transport.record[VOID_OPERATION:] = self.transport.record[VOID_REASON], [0, 0]
+            raise self.words_for["void"]((void & 0xFFFFFFFF) - 1, void >> 32, reason)
         try:
             self.transport.check()
         except EPError as error:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from . import layout
 from .errors import EPBufferTooSmallError, EPError, EPRoutingError, EPTimeoutError
 from .kernels import low_latency as kernels
+from .kernels import low_latency_void as void
 from .kernels.low_latency_combine import combine
 from .kernels.low_latency_dispatch import dispatch
 from .kernels.low_latency_reduce import combine_reduced
@@ -31,7 +32,7 @@ WAITS = {
     kernels.COMBINE_BOX: (COMBINE, "receive", BOX),
 }
 PROXIES = {kernels.DISPATCH_PROXY: DISPATCH, kernels.COMBINE_PROXY: COMBINE}             # waits for room in a proxy's FIFO
-WORDS_FOR = (*WAITS, *PROXIES, kernels.BAD_EXPERT, kernels.NO_ROOM, kernels.OTHER_OPERATION)      # what `error_from` puts in words
+WORDS_FOR = (*WAITS, *PROXIES, kernels.OTHER_OPERATION)           # what `error_from` puts in words
 
 
 class InFlight:
@@ -119,7 +120,7 @@ def shared_bytes(operation, shape, warps, announcers, num_sections):
     if operation == "dispatch":
         groups = shape.num_ranks * shape.local_groups
         staged = layout.align(4 * chunk(shape) * shape.num_topk * (1 + shape.weighted), word)
-        announce = staged + word * -(-groups // announcers) * (2 + num_sections)
+        announce = staged + max(word * -(-groups // announcers) * (2 + num_sections), 4 * shape.num_experts)
         send = word * warps * (1 + shape.num_ranks)
         receive = word * (shape.num_ranks * (1 + shape.local_groups) + warps * (2 + shape.num_topk))
         return max(announce, send, receive)
@@ -209,12 +210,6 @@ def error_from(r, rank, shapes, half_bytes, timeout_s):
 
     shapes: by operation, the shape of the latest one.
     """
-    if r["wait"] == kernels.BAD_EXPERT:
-        return EPRoutingError(f"topk_idx of rank {rank} names expert {r['seen']} for token {r['expected']}; there are "
-                              f"{shapes[DISPATCH].num_experts} experts")
-    if r["wait"] == kernels.NO_ROOM:
-        return EPRoutingError(f"local expert {r['seen']} of rank {rank} got more than {shapes[DISPATCH].rows_per_expert} rows: "
-                              "some tokens name an expert more than once")
     if r["wait"] == kernels.OTHER_OPERATION:
         here, there = (COMBINE if r[word] & kernels.COMBINE else DISPATCH for word in ("expected", "seen"))
         if here == there:
@@ -233,6 +228,21 @@ def error_from(r, rank, shapes, half_bytes, timeout_s):
     return EPTimeoutError(f"{operation}, {phase} phase: rank {rank} waited {timeout_s:g} s for rank {r['peer']}: {owed}. "
                           f"Slot {slot}: {_expected_and_seen(r)} (operation of epoch {r['epoch']}). Rank {r['peer']} has exited, "
                           "is stuck, or has not made this call")
+
+
+def void_error(source, epoch, reason, rank, shapes):
+    """The exception for a dispatch that a source has told to be void; reason: see `low_latency_void.void`.
+
+    shapes: as above.
+    """
+    what, token, expert = reason >> 56, reason >> 32 & 0xFFFFFF, (reason + (1 << 31) & 0xFFFFFFFF) - (1 << 31)
+    experts, most = shapes[DISPATCH].num_experts, shapes[DISPATCH].max_tokens
+    wrong = {void.BAD_EXPERT: f"names expert {expert} for token {token}; there are {experts} experts",
+             void.NO_ROOM: f"selects expert {expert} more than num_max_dispatch_tokens_per_rank = {most} times: some tokens name an "
+                           "expert more than once"}
+    unknown = f"names an expert beyond the {experts}, or one more often than {most} times; its own error says which"
+    return EPRoutingError(f"topk_idx of rank {source} {wrong.get(what, unknown) if source == rank else unknown}. The dispatch of "
+                          f"epoch {epoch} is void on all ranks; the buffer stays usable")
 
 
 def _expected_and_seen(r):

@@ -6,6 +6,8 @@ import pytest
 from engine import on_gpu, up
 from ml_dtypes import bfloat16
 
+from pyep import buffer_low_latency
+
 
 def zeros(*shape, dtype=bfloat16):
     return up(np.zeros(shape, dtype))
@@ -35,3 +37,12 @@ def rejected(error, *words):
         yield caught
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in {str(caught.value)!r}"
+
+
+@contextlib.contextmanager
+def blind_host():
+    """The host does not look at the topk_idx of low-latency dispatches: kernels find out, as on GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for check in "check_experts", "check_room":
+            patch.setattr(buffer_low_latency, check, lambda *args: None)
+        yield

@@ -390,30 +390,7 @@ def test_settings(wrong):
         call()
 
 
-# ---- what only a kernel can see --------------------------------------------------------------------------------------
-
-def route_wrongly(comm, expert, words):
-    with make_buffer(comm, M, H, E, K) as buf:
-        x, topk_idx = zeros(M, H), up(np.full((M, K), expert))
-        with pytest.raises(EPRoutingError) as caught:
-            buf.low_latency_dispatch(x, topk_idx, M, E, use_fp8=False).event.synchronize()
-        assert all(word in str(caught.value) for word in words), caught.value
-        with pytest.raises(EPClosedError, match="unusable"):
-            run_round(buf, CASE)
-
-
-def test_an_expert_of_no_rank_on_a_gpu():
-    if not on_gpu():
-        pytest.skip("the CPU engine looks before it launches")
-    ranks.run(1, route_wrongly, E, ["topk_idx of rank 0", "expert 4", "there are 4 experts"])
-
-
-def test_more_rows_than_there_is_room_for_on_a_gpu():
-    """24 rows for one expert, where tokens that name it once cannot make more than 8."""
-    if not on_gpu():
-        pytest.skip("the CPU engine looks before it launches")
-    ranks.run(1, route_wrongly, 2, ["local expert 2 of rank 0", "more than 8 rows", "more than once"])
-
+# ---- values that the CPU engine's host looks at; where kernels find out: test_low_latency_void.py --------------------
 
 def route_wrongly_at_first(comm):
     """Rank 0 alone names an expert that is not there, before any rank has used the shape; then all want too much of one expert."""

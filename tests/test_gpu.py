@@ -196,24 +196,6 @@ def test_ranks_that_share_one_gpu():
     assert done.results == ["done"] * 2, done.stderr
 
 
-def bad_expert(comm):
-    with buffer_for(comm) as buf:
-        case = made(comm, 1)
-        run_round(buf, case)
-        x, idx, _, _ = case.make()
-        idx[comm.rank][3, 1] = case.experts + 5
-        got = buf.low_latency_dispatch(up(x[comm.rank]), up(idx[comm.rank]), case.max_tokens, case.experts, use_fp8=False)
-        with pytest.raises(pyep.EPRoutingError, match=f"names expert {case.experts + 5} for token 3"):
-            got.event.synchronize()
-        with pytest.raises(pyep.EPClosedError):
-            run_round(buf, case)
-
-
-def test_an_expert_that_does_not_exist():
-    """A GPU finds it in the kernel, and the host hears of it when it waits."""
-    ranks.run(1, bad_expert)
-
-
 def late_timeout(comm):
     with make_buffer(comm, *SHAPE[:2], SHAPE[2] * comm.size, SHAPE[3], timeout_s=2) as buf:
         case = made(comm, 2)

@@ -5,7 +5,7 @@ import ctypes
 from cuda.bindings import runtime
 
 from ..errors import EPTransportError
-from .memory import HOST_WORDS, RECORD
+from .memory import HOST_WORDS, STATUS_WORDS
 from .transport import Transport
 
 
@@ -56,12 +56,12 @@ class GpuTransport(Transport):
         """Make `memory`, of that many bytes, all 0, and the words that kernels write for the host."""
         self.memory = Memory(nbytes)
         self.base = int(self.memory.address)
-        self._pinned = call(runtime.cudaHostAlloc, 8 * (len(RECORD) + HOST_WORDS), runtime.cudaHostAllocMapped)
-        ctypes.memset(int(self._pinned), 0, 8 * (len(RECORD) + HOST_WORDS))
-        self.record = (ctypes.c_int64 * len(RECORD)).from_address(int(self._pinned))
-        self.answer = (ctypes.c_int64 * HOST_WORDS).from_address(int(self._pinned) + 8 * len(RECORD))
+        self._pinned = call(runtime.cudaHostAlloc, 8 * (STATUS_WORDS + HOST_WORDS), runtime.cudaHostAllocMapped)
+        ctypes.memset(int(self._pinned), 0, 8 * (STATUS_WORDS + HOST_WORDS))
+        self.record = (ctypes.c_int64 * STATUS_WORDS).from_address(int(self._pinned))
+        self.answer = (ctypes.c_int64 * HOST_WORDS).from_address(int(self._pinned) + 8 * STATUS_WORDS)
         self.status = int(call(runtime.cudaHostGetDevicePointer, self._pinned, 0))
-        self.answers = self.status + 8 * len(RECORD)
+        self.answers = self.status + 8 * STATUS_WORDS
 
     def drop(self):
         """A GPU's memory is freed and unmapped by calls that may wait for the GPU, or break a graph that is being captured."""

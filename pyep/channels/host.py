@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import EPTransportError
 from ..layout import WORD, align, control
-from .memory import HOST_WORDS, RECORD
+from .memory import HOST_WORDS, STATUS_WORDS
 from .transport import Transport, channels_per_peer, num_proxies, require_port_offsets, require_same_settings
 
 
@@ -44,7 +44,7 @@ class HostTransport(Transport):
         self.peers = [0 if b is None else b.ctypes.data for b in self._bytes]
         self.base = self.peers[bootstrap.rank]
         self._own = self.memory = self._bytes[bootstrap.rank]
-        self.record, self.answer = (ctypes.c_int64 * len(RECORD))(), (ctypes.c_int64 * HOST_WORDS)()
+        self.record, self.answer = (ctypes.c_int64 * STATUS_WORDS)(), (ctypes.c_int64 * HOST_WORDS)()
         self.status, self.answers = ctypes.addressof(self.record), ctypes.addressof(self.answer)
         self.make_channels(channels_at)
         self.ports = [0] * bootstrap.size

@@ -25,7 +25,7 @@ class Transport:
     copies_by_kernels: whether a port peer's rank shares this GPU: puts to it are then kernels, which need room beside pyep's.
     parts_in_stages: whether some memory may be freed only when the other ranks have let go of it.
     memory: an object that keeps this rank's memory while it is referred to, also beyond `close`, for arrays that lie in it.
-    status: address of `pyep.channels.memory.RECORD`'s words, in memory that kernels write and the host reads, as `record`.
+    status: address of STATUS_WORDS words (see `pyep.channels.memory`) that kernels write and the host reads, as `record`.
     answers: address of HOST_WORDS words more in such memory, which the host reads as `answer`.
     """
 

@@ -18,6 +18,7 @@ from cuda.core import Device, Event, Linker, LinkerOptions, ObjectCode, Stream, 
 from numba import cuda, types
 from numba.cuda import dispatcher
 
+from ..channels.gpu import call, current
 from . import cache
 from .op import CUDA, bind
 
@@ -227,9 +228,9 @@ class CudaEngine:
             raise RuntimeError(f"cuMemcpyDtoDAsync of {nbytes} bytes failed: {error.name}")
 
     def synchronize(self):
-        """Wait until nothing runs on the GPU."""
-        self.use()
-        Device(self.index).sync()
+        """Wait until nothing runs on the GPU, whichever the calling thread uses."""
+        with current(self.index):
+            call(runtime.cudaDeviceSynchronize)
 
 
 def device_count():

@@ -30,14 +30,15 @@ WEIGHTED = 0                                    # 1: topk_weights travel with th
 SENDERS = RECEIVERS = 1                         # blocks of the grid that send, that receive
 NEIGHBOURS = 1                                  # warps of a block that take slices next to each other: divides them
 PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp in a combine
-EPOCH = CONSUMED = FAILED = PEERS = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0      # see pyep.layout
+EPOCH = CONSUMED = STATUS = FAILED = PEERS = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0    # see pyep.layout
 
-# The word that tells that an operation has begun: COMBINE, if it is one; `shape_bits`; how many tokens a dispatch sends.
-COMBINE, TOKENS = 1 << 31, 0xFFFF
+# The word that tells that an operation has begun: COMBINE, if it is one; VOID, see `low_latency_void`; `shape_bits`; how many tokens
+# a dispatch sends.
+COMBINE, VOID, TOKENS = 1 << 31, 1 << 30, 0xFFFF
 
 # What a wait waits for; pyep.low_latency puts them in words.
 (DISPATCH_CONSUMED, DISPATCH_COUNT, DISPATCH_ROUTE, DISPATCH_PLACE, DISPATCH_ROW, COMBINE_CONSUMED, COMBINE_BEGUN, COMBINE_OUTPUT,
- COMBINE_PARTIAL, BAD_EXPERT, NO_ROOM, OTHER_OPERATION, DISPATCH_PROXY, DISPATCH_BOX, COMBINE_PROXY, COMBINE_BOX) = range(1, 17)
+ COMBINE_PARTIAL, OTHER_OPERATION, DISPATCH_PROXY, DISPATCH_BOX, COMBINE_PROXY, COMBINE_BOX) = range(1, 15)
 
 
 def this_epoch(base, lag):
@@ -172,7 +173,7 @@ def selects(topk_idx, index_bytes, token, rank):
     for k in range(TOPK):
         at = topk_idx + index_bytes * (token * TOPK + k)
         expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
-        hit |= expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank
+        hit |= expert >= 0 and expert < EXPERTS and udiv(expert, LOCAL_EXPERTS) == rank
     return 1 if hit else 0
 
 
@@ -182,6 +183,6 @@ def selections(topk_idx, index_bytes, token, rank):
     for k in range(TOPK):
         at = topk_idx + index_bytes * (token * TOPK + k)
         expert = ld8_nc(at) if index_bytes == 8 else ld4_nc(at)
-        if expert >= 0 and udiv(expert, LOCAL_EXPERTS) == rank:
+        if expert >= 0 and expert < EXPERTS and udiv(expert, LOCAL_EXPERTS) == rank:
             hits += 1
     return hits

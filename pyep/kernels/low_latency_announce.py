@@ -4,18 +4,24 @@ Rows are numbered per *group*: an expert, or in the rank-major layout a rank.  O
 of its tokens that have any), the n-th in (token, k) order has *place* n; with the counts of the lower ranks before it, that is
 its row.  So the rows of a group are ordered by (source rank, source token, k) without sorting.
 """
-from ..channels.memory import report, tell
+from ..channels.memory import tell
 from .basics import after, expert_at, lanes_before, num_warps, warp_rank
 from .lang import (ballot, lane, ld4_nc, ld4_shared, ld8_shared, num_threads, popc, shared, st4_shared, st8, st8_relaxed,
-                   st8_shared, syncthreads, thread_rank, udiv, umod, warp_size)
-from .low_latency import (BAD_EXPERT, DISPATCH_CONSUMED, EXPERTS, LOCAL_EXPERTS, RANK_MAJOR, RANKS, TOPK, WEIGHTED, begin,
-                          last_first, look_at_consumed, shape_bits, tell_begun)
+                   st8_shared, syncthreads, syncthreads_or, thread_rank, udiv, umod, warp_size)
+from .low_latency import (DISPATCH_CONSUMED, EXPERTS, LOCAL_EXPERTS, RANK_MAJOR, RANKS, TOPK, WEIGHTED, any_missing, last_first,
+                          look_at_consumed, shape_bits, tell_begun)
 from .low_latency_boxes import counts_for, words_for
 from .low_latency_slots import PLACES
+from .low_latency_void import may_be_void, void
 
 GROUPS = LOCAL_GROUPS = 0                       # all groups; those of a rank
 CHUNK = 0                                       # tokens whose selections are in shared memory at once
 SECTIONS = 1                                    # sections that these are cut into, at most
+
+
+def existing(expert):
+    """An expert, or -1 where there is none of that number."""
+    return expert if expert >= 0 and expert < EXPERTS else -1
 
 
 def stage(topk_idx, topk_weights, first, selections):
@@ -30,8 +36,8 @@ def stage(topk_idx, topk_weights, first, selections):
             weight0, weight1 = ld4_nc(topk_weights + 4 * (first + i)), ld4_nc(topk_weights + 4 * (first + j))
             st4_shared(weights + 4 * i, weight0)
             st4_shared(weights + 4 * j, weight1)
-        st4_shared(shared() + 4 * i, expert0)
-        st4_shared(shared() + 4 * j, expert1)
+        st4_shared(shared() + 4 * i, existing(expert0))
+        st4_shared(shared() + 4 * j, existing(expert1))
         i += 2 * num_threads()
 
 
@@ -41,9 +47,6 @@ def send_routes(part, parts, watch, me, half, first, selections, selected):
     i = (part + parts * warp) * warp_size() + lane()
     while i < selections:
         expert, token = ld4_shared(shared() + 4 * i), udiv(first + i, TOPK)
-        if expert < -1 or expert >= EXPERTS:
-            report(watch, BAD_EXPERT, me, watch[0], token, expert)
-            expert = -1
         st8(selected + 8 * (first + i), expert)
         route = expert + 1
         if WEIGHTED:
@@ -128,7 +131,7 @@ def number_staged(part, parts, watch, me, half, first, tokens, last):
     Shared memory, behind the staged selections: for each of this block's groups how many were numbered in all chunks before this
     one, and in those before the next (by turns), then how many each section has.
     """
-    so_far = shared() + (4 * CHUNK * TOPK * (1 + WEIGHTED) + 7 & -8)
+    so_far = behind_staged()
     of_section = so_far + 16 * groups_of_block(parts)
     now = 8 * (udiv(first, CHUNK) & 1)
     items = tokens if RANK_MAJOR else tokens * TOPK
@@ -160,6 +163,11 @@ def number_staged(part, parts, watch, me, half, first, tokens, last):
         turn += num_warps()
 
 
+def behind_staged():
+    """Shared memory behind the staged selections."""
+    return shared() + (4 * CHUNK * TOPK * (1 + WEIGHTED) + 7 & -8)
+
+
 def groups_of_block(parts):
     """How many groups a block numbers, or one more; neighbouring ones are numbered by different blocks."""
     return udiv(GROUPS + parts - 1, parts)
@@ -174,10 +182,15 @@ def announce(part, parts, watch, me, half, topk_idx, topk_weights, num_tokens, m
         stage(topk_idx, topk_weights, first * TOPK, tokens * TOPK)
         if first > 0:
             syncthreads()
-        elif begin(watch, DISPATCH_CONSUMED, look) == 0:
-            return
         else:
-            tell_begun(part, watch, me, shape_bits(max_tokens) | num_tokens)
+            odd = may_be_void(topk_idx, num_tokens) if part == 0 else 0
+            missing = any_missing(watch, DISPATCH_CONSUMED, look, last_first(), num_threads())
+            begun = shape_bits(max_tokens) | num_tokens
+            if syncthreads_or(missing | odd) != 0:               # as in `begin`; both in one, since the block waits here
+                if syncthreads_or(missing) != 0:
+                    return
+                begun |= void(behind_staged(), watch, topk_idx, num_tokens, max_tokens)
+            tell_begun(part, watch, me, begun)
         send_routes(part, parts, watch, me, half, first * TOPK, tokens * TOPK, selected)
         number_staged(part, parts, watch, me, half, first, tokens, first + CHUNK >= num_tokens)
         syncthreads()

@@ -289,7 +289,7 @@ def list_cut(entries, watch, me, half, cut, cuts, max_tokens, row_of, weight_of,
     return source, token, count
 
 
-def place_cut(entries, count, watch, me, cut, max_tokens, src_info, row_of, recv_topk_idx, recv_topk_weights):
+def place_cut(entries, count, me, cut, max_tokens, src_info, row_of, recv_topk_idx, recv_topk_weights):
     """Second step: its rows, and before the entries their count."""
     source, token = unit_of(cut, me)
     keeps = umod(cut, TAKEN_CUTS) == 0
@@ -299,7 +299,7 @@ def place_cut(entries, count, watch, me, cut, max_tokens, src_info, row_of, recv
     if RANK_MAJOR and count > 0:
         place_token(entries, source, token, max_tokens, keeps, src_info, row_of, recv_topk_idx, recv_topk_weights)
     elif count > 0:
-        place_selections(entries, count, watch, source, token, max_tokens, keeps, src_info, row_of)
+        place_selections(entries, count, source, token, max_tokens, keeps, src_info, row_of)
 
 
 def exists(cut, cuts, me):
@@ -337,7 +337,7 @@ def receive_rows(part, parts, watch, me, half, x, max_tokens, recv_x, scales, re
             add_up_counts(part, max_tokens, recv_count, layout_range, sent, recv_stats)
             if RANK_MAJOR:
                 clear_tails(part, parts, max_tokens, recv_topk_idx, weight_of)
-        place_cut(entries, count, watch, me, listed, max_tokens, src_info, row_of, recv_topk_idx, weight_of)
+        place_cut(entries, count, me, listed, max_tokens, src_info, row_of, recv_topk_idx, weight_of)
         syncthreads()
         if TAKEN_CUTS > 1:                                       # only here, by when `before` has come
             clear_words(watch, half, source, token, before)

@@ -5,11 +5,12 @@ from ..channels.memory import ABSENT, patience, read_word, report, wait_count
 from .basics import lanes_before
 from .lang import (add4, ballot, fetch_add8_relaxed, lane, ld8_relaxed, ld8_relaxed_if, ld8_shared, num_threads, polls_per_look,
                    popc, shared, st4, st8, st8_relaxed, st8_shared, syncthreads, syncwarp, thread_rank, udiv, umod, warp_size)
-from .low_latency import (DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, LOCAL_EXPERTS, NO_ROOM, OTHER_OPERATION, RANK_MAJOR,
-                          RANKS, TOKENS, TOPK, WEIGHTED, last_first, shape_bits, wait_begun)
+from .low_latency import (DISPATCH_COUNT, DISPATCH_PLACE, DISPATCH_ROUTE, LOCAL_EXPERTS, OTHER_OPERATION, RANK_MAJOR, RANKS,
+                          TOKENS, TOPK, VOID, WEIGHTED, last_first, shape_bits, wait_begun)
 from .low_latency_announce import LOCAL_GROUPS
 from .low_latency_boxes import count_slot, is_port_peer
 from .low_latency_slots import listed_at, place_at, route_at
+from .low_latency_void import tell_void
 from .op import rare
 
 TAKEN_CUTS = 1                                      # parts that a row is cut into, see `low_latency_dispatch`
@@ -18,7 +19,7 @@ TAKEN_CUTS = 1                                      # parts that a row is cut in
 
 def told_tokens(watch, source, told, max_tokens):
     """How many tokens a source sends, by what it has told; 0 if that is another operation, or of another shape."""
-    if told & ~TOKENS != shape_bits(max_tokens):
+    if told & ~(TOKENS | VOID) != shape_bits(max_tokens):
         report(watch, OTHER_OPERATION, source, watch[0], 0, told)
         return 0
     return told & TOKENS
@@ -46,7 +47,10 @@ def read_counts(part, watch, max_tokens, sent):
     word = last_first()                                          # the first threads list units meanwhile
     while word < words:
         if word < RANKS:
-            count = tokens_of(watch, word, max_tokens, 0)
+            told = wait_begun(watch, DISPATCH_COUNT, word, 0)
+            count = told_tokens(watch, word, told, max_tokens)
+            if told & VOID:
+                tell_void(watch, word)
             if part == 0 and not RANK_MAJOR:
                 st8(sent + 8 * word, count)
         else:
@@ -87,7 +91,7 @@ def add_up_counts(part, max_tokens, recv_count, layout_range, sent, recv_stats):
                 st8(layout_range + 8 * (group * RANKS + source), (row << 32) | count)
                 row += count
         if not RANK_MAJOR:
-            st4(recv_count + 4 * group, row)
+            st4(recv_count + 4 * group, row if row < RANKS * max_tokens else RANKS * max_tokens)
             if recv_stats != 0:
                 add4(recv_stats + 4 * group, row)
         group += num_threads()
@@ -154,7 +158,7 @@ def list_selections(entries, watch, me, half, source, token, route, place, keeps
     return count
 
 
-def place_selections(entries, count, watch, source, token, max_tokens, keeps, src_info, row_of):
+def place_selections(entries, count, source, token, max_tokens, keeps, src_info, row_of):
     """Second step: the entries become local expert << 32 | row of recv_x, counted over all local experts; with src_info and
     row_of."""
     i = lane()
@@ -162,9 +166,7 @@ def place_selections(entries, count, watch, source, token, max_tokens, keeps, sr
         entry = ld8_shared(entries + 8 * i)
         k, expert = (entry >> 48) & 0xFFFF, (entry >> 32) & 0xFFFF
         row = first_row(source, expert) + (entry & 0xFFFFFFFF)
-        if row >= RANKS * max_tokens:
-            report(watch, NO_ROOM, source, watch[0], token, expert)
-            row = 0
+        row = row if row < RANKS * max_tokens else 0             # of a dispatch that is void there may be more than have room
         row += expert * RANKS * max_tokens
         st8_shared(entries + 8 * i, (expert << 32) | row)
         if keeps:

@@ -9,7 +9,7 @@ from .basics import after, num_warps, warp_rank
 from .lang import (lane, ld4_relaxed_if, ld8, ld16, num_threads, reserved, st4_relaxed, st8, st8_relaxed, st16_relaxed,
                    thread_rank, udiv, umod, warp_size)
 from .low_latency import (COMBINE, COMBINE_BOX, DATA_BYTES, DISPATCH_BOX, FP8, LOCAL_EXPERTS, OTHER_OPERATION, PER_LANE,
-                          RANK_MAJOR, RANKS, ROW_BYTES, TOKENS, TOPK, WEIGHTED, shape_bits)
+                          RANK_MAJOR, RANKS, ROW_BYTES, TOKENS, TOPK, VOID, WEIGHTED, shape_bits)
 from .low_latency_announce import LOCAL_GROUPS
 from .low_latency_boxes import (BOX_COUNTS, BOX_WORDS, CLAIMED, PACKET_BYTES, PACKET_HEADER, WORD_BYTES, count_slot, inbox,
                                 is_port_peer, packets_in)
@@ -20,12 +20,13 @@ from .low_latency_slots import PLACES, place_at, route_at
 
 def box_from(part, watch, wait, source, expected, waited):
     """Wait for the box of a port peer: its address, or 0 if the source is no port peer, the box never came, or it is of another
-    operation or shape than `expected`: what the source has told to have begun, but for the number of tokens.  The block calls."""
+    operation or shape than `expected`: what the source has told to have begun, but for VOID and the number of tokens.  The block
+    calls."""
     if is_port_peer(watch[0], source) == 0 or wait_for_box(part, watch, wait, source, waited) == 0:
         return 0
     box = inbox(watch, source)
     told = ld8(box + BOX_COUNTS) & 0xFFFFFFFF
-    if told & ~TOKENS != expected:
+    if told & ~(TOKENS | VOID) != expected:
         report(watch, OTHER_OPERATION, source, watch[0], expected & COMBINE, told)
         return 0
     return box

@@ -8,13 +8,13 @@ import pytest
 
 from .buffers import Destroy, Lose, Make
 from .high_throughput import Cached, CombineRows, Dispatch, Drop, Layout, TooLarge
-from .low_latency import CallHook, Clean, Combine, Receive
+from .low_latency import CallHook, Clean, Combine, Receive, Void
 from .refused import Refused
 from .waiting import Wait
 from .world import World
 
 OPERATIONS = (Receive, Combine, CallHook, Clean, Layout, Dispatch, Cached, CombineRows, TooLarge, Drop, Wait, Refused, Make,
-              Destroy, Lose)
+              Destroy, Lose, Void)
 REMEMBERED = 12                         # operations that a failure tells of
 LATE = 0.002                            # seconds by which a rank comes late now and then
 

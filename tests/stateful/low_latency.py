@@ -2,14 +2,17 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from case import assert_dispatched, assert_same, dispatch_inputs
 from engine import down, up
+from rejection import blind_host
 
+from pyep import EPRoutingError
 from pyep.reference.arithmetic import to_bf16
 from pyep.reference.low_latency import places, weighted_sum
 
 from .promises import RESULTS_LIVE_BY_M
-from .shapes import chance, draw_low_latency, draw_seed, in_brackets, words_of
+from .shapes import chance, draw_low_latency, draw_seed, in_brackets, pick, words_of
 from .waiting import Operation, Timing
 from .world import Kept, Sent
 
@@ -117,6 +120,40 @@ def forget_overwritten(held):
         record.kept = None
     for record in gone[:-OVERWRITTEN]:
         held.received.remove(record)
+
+
+class Void(Operation):
+    """A `low_latency_dispatch` with an expert on one rank that does not exist: all ranks hear of it, and go on."""
+
+    weight = 1.5
+
+    def __init__(self, world, held, rng):
+        super().__init__(world, held, rng)
+        case = draw_low_latency(rng, world.comm.size, world.all_modes)
+        self.case = dataclasses.replace(case, tokens=tuple(max(1, n) for n in case.tokens))
+        self.rank, self.expert = pick(rng, range(world.comm.size)), pick(rng, (-2, case.experts, 1 << 40))
+        self.hook = chance(rng, 0.5)
+
+    @staticmethod
+    def may(world, held):
+        return held.may_send
+
+    def __str__(self):
+        return f"{self.name}void low_latency_dispatch, expert {self.expert} of rank {self.rank}{words_of(self.case, 'hook' * self.hook)}"
+
+    def run(self):
+        case, held, made = self.case, self.held, self.case.make()
+        record = Received(held, self.world.step, case, made)
+        made[1][self.rank][0, -1] = self.expert
+        with blind_host(), pytest.raises(EPRoutingError, match=f"rank {self.rank} .* void"):
+            got = self.buf.low_latency_dispatch(**dispatch_inputs(self.me, case, *made[:3]), return_recv_hook=self.hook)
+            if self.hook:
+                got.hook()
+            got.event.synchronize()
+        held.next_number()
+        held.used.add(shape_of(case))
+        held.counts[record.shares] = record.turn                 # it has overwritten what another dispatch would have
+        forget_overwritten(held)
 
 
 class Combine(Operation):
