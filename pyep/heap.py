@@ -25,7 +25,7 @@ from .layout import LINE, align, operations_room
 
 
 class Slab:
-    """Bytes `offset` to `offset + nbytes` of the symmetric memory, for one array (`pyep.arrays.Library.lent`), which keeps the slab.
+    """Bytes `offset` to `offset + nbytes` of the symmetric memory, for one array (`pyep.arrays.Library.lent`), which keeps it.
 
     memory: what must live as long as they are in use.
     """
