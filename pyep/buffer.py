@@ -23,7 +23,7 @@ class Buffer(LowLatencyOperations, HighThroughputOperations):
     group, comm: a torch.distributed process group or an mpi4py communicator; exactly one.  Collective.
     num_nvl_bytes: bytes of symmetric memory for high-throughput operations and their results, see `get_high_throughput_size_hint`.
     num_rdma_bytes: bytes of symmetric memory for low-latency operations, see `get_low_latency_rdma_size_hint`.  For each rank of
-        another node as much as three times that is taken besides, see `pyep.layout.boxes`.
+        another node as much as three times that is taken besides, see `pyep.layout_boxes`.
     num_qps_per_rank: the most channels to one rank of another node; there are as many, but no more than PYEP_NUM_PROXIES.
     low_latency_mode, allow_nvlink_for_low_latency_mode, allow_mnnvl: accepted for DeepEP's sake.
     explicitly_destroy: whether the program promises to call `destroy`: then a ResourceWarning tells that it did not.

@@ -4,16 +4,16 @@ import time
 from typing import NamedTuple
 
 from . import arrays
+from .calls import Calls
 from .checks import check_experts
-from .checks_high_throughput import (LAYOUT, biases_of, check_cached, check_combine, check_dispatch, check_fits_handle,
-                                     check_handle, check_layout, check_library, check_none, check_run, strides, values_and_scales)
-from .events import EventOverlap
+from .checks_high_throughput import (GIVEN, biases_of, check_cached, check_combine, check_dispatch, check_handle,
+                                     check_layout, check_none, check_run, values_and_scales)
 from .high_throughput import UNLIMITED, Kernels, Plan
 from .high_throughput_errors import WORDS_FOR, error_from, too_small
 from .high_throughput_results import HighThroughputHandle, Known, Received, Words, read_counts
 from .kernels.intranode_notify import STATE
 
-CHECKED = 1000                          # kinds of calls whose checks are remembered, at most
+MOST_CALLS = 1000                       # checked calls that are kept in mind
 POLLS = 1000                            # of the host for counts, between looks at the time
 
 
@@ -30,7 +30,7 @@ class HighThroughputOperations:
         self._connection, self._num_nvl_bytes = connection, num_nvl_bytes
         self.copied_results = self.copied_bytes = 0
         self._kernels = Kernels(connection.engine, connection.size)
-        self._checked, self._ht_plans = {}, {}                      # calls whose checks have passed; what they launch
+        self._ht_calls, self._ht_plans = Calls(connection, MOST_CALLS), {}        # what calls launch, by what it depends on
         self._met = {}                                           # shapes for which the ranks have met, by fingerprint
         self._counts = {}                                        # memory in which layouts are counted
         words = functools.partial(error_from, rank=connection.rank, shapes=self._met, half_bytes=connection.half_bytes,
@@ -51,19 +51,15 @@ class HighThroughputOperations:
         connection.require_usable()
         connection.require_one_node("get_dispatch_layout")
         check_run(None, previous_event)
-        library, num_tokens, num_topk, index_bytes, num_experts = self._check("layout", check_layout, (topk_idx,), (num_experts,))
+        call, (idx_at,) = self._ht_calls.find("layout", check_layout, (topk_idx,), (num_experts,))
+        library, num_tokens, *_, num_experts = call.checked
         if library.engine == "cpu":
             check_experts(topk_idx, num_experts)
-        ranks = connection.size
-        kernel, blocks = self._kernels.layout(num_experts, ranks, num_topk, index_bytes, self._sms(None))
         run = self._enter(library, async_finish, previous_event, fresh=True)
-        if (library, blocks, num_experts) not in self._counts:   # for all to use in turn: no graph may find it gone
-            self._counts[library, blocks, num_experts] = library.empty((blocks, num_experts + ranks), "int32")
-        counts = self._counts[library, blocks, num_experts]
-        per_rank, per_expert = library.empty((ranks,), "int32"), library.empty((num_experts,), "int32")
-        in_rank = library.empty((num_tokens, ranks), "bool")
-        at = library.pointer
-        connection.launch(kernel, run.stream, connection.transport.base, connection.rank, at(topk_idx), num_tokens, at(counts),
+        _, kernel, counts = self._ready_layout(call)
+        per_rank, per_expert = library.empty((connection.size,), "int32"), library.empty((num_experts,), "int32")
+        in_rank, at = library.empty((num_tokens, connection.size), "bool"), library.pointer
+        connection.launch(kernel, run.stream, connection.transport.base, connection.rank, idx_at, num_tokens, at(counts),
                           at(per_rank), at(per_expert), at(in_rank))
         return per_rank, None, per_expert, in_rank, self._event(run, (topk_idx, counts, per_rank, per_expert, in_rank))
 
@@ -107,37 +103,17 @@ class HighThroughputOperations:
         connection.require_one_node("dispatch")
         check_run(config, previous_event)
         values, scales = values_and_scales(x)
-        counts = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert
+        given = num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
+        call, addresses = self._checked_dispatch(values, scales, given, handle, expert_alignment, num_worst_tokens)
+        moved, known = call.checked, handle and handle.known
+        plan = self._ready(call, config, *self._most(moved, known))
+        run = self._enter(moved.library, async_finish, previous_event)
         if handle is None:
-            moved = self._check("dispatch", check_dispatch, (values, scales, *counts, topk_idx, topk_weights),
-                                (expert_alignment, num_worst_tokens, strides(values), strides(scales)))
-        else:
-            check_handle(handle, connection.number)
-            if num_worst_tokens or any(a is not None for a in (*counts, topk_idx, topk_weights)):
-                check_none(dict(zip(LAYOUT, counts), topk_idx=topk_idx, topk_weights=topk_weights,
-                                num_worst_tokens=num_worst_tokens))
-            moved = self._check("cached", check_cached, (values, scales), (strides(values), strides(scales)))
-            check_fits_handle(moved, values, handle)
-        connection.heap.capturing = moved.library.is_capturing()
+            known, words = self._exchange(run, plan, moved, addresses)
+        recv_x, sources, recv_topk_idx, recv_topk_weights, recv_scales = results = self._send(run, plan, moved, known, addresses)
         if handle is None:
-            self._check_uncached(moved, topk_idx)
-        library, num_tokens, known = moved.library, values.shape[0], handle and handle.known
-        at_x, at_scales = aligned(library, values, "x"), 0 if scales is None else library.pointer(scales)
-        scale_item, *scale_strides = moved.scales_from(at_scales)
-        plan = self._ready(library, moved.shape, moved.index_bytes, scale_item, self._sms(config),
-                           self._most(moved, num_tokens, known))
-        run = self._enter(library, async_finish, previous_event)
-        if known is None:
-            known, words = self._exchange(run, plan, moved, *counts, num_tokens)
-        received = Received(connection.transport.base, connection.heap, plan.rows, moved.kinds, known.num_rows)
-        self._cover(run)
-        connection.launch(plan.kernels["dispatch"], run.stream, *self._common(), plan.fingerprint, at_x, moved.x_stride, at_scales,
-                          *scale_strides, *[0 if a is None else library.pointer(a) for a in (topk_idx, topk_weights)], num_tokens,
-                          known.rank_prefix, known.send_rows, known.num_rows, *received.addresses)
-        recv_x, sources, recv_topk_idx, recv_topk_weights, recv_scales = results = self._received(run, received)
-        if handle is None:
-            handle = HighThroughputHandle(connection.number, known, library, words, sources, is_token_in_rank)
-        event = self._event(run, (x, counts, topk_idx, topk_weights, handle, results))
+            handle = HighThroughputHandle(connection.number, known, run.library, *words, sources, is_token_in_rank)
+        event = self._event(run, (x, given, handle, results))
         recv_x = recv_x if scales is None else (recv_x, recv_scales)
         return recv_x, recv_topk_idx, recv_topk_weights, list(known.counts), handle, event
 
@@ -163,19 +139,18 @@ class HighThroughputOperations:
         check_handle(handle, connection.number)
         known = handle.known
         biases = biases_of(bias)
-        library, shape = self._check("combine", check_combine, (x, topk_weights, *biases), (known.num_rows, known.num_tokens))
-        check_library(handle, library)
-        num_tokens, at = known.num_tokens, library.pointer
-        inputs = [aligned(library, x, "x"), 0 if topk_weights is None else at(topk_weights)]
-        biases = [aligned(library, b, "bias") for b in biases]
-        plan = self._ready(library, shape, 8, 0, self._sms(config), (known.most_sent, known.most_received, known.most_sent))
+        call, (x_at, weights_at, *biases_at) = self._ht_calls.find("combine", check_combine, (x, topk_weights, *biases),
+                                                                (handle.library, known.num_rows, known.num_tokens))
+        library, shape, *_ = call.checked
+        at = library.pointer
+        plan = self._ready(call, config, known.most_sent, known.most_received, known.most_sent)
         run = self._enter(library, async_finish, previous_event, fresh=True)
         staging, _, _, staged_weights, *_ = plan.rows.starts(known.num_sent, connection.transport.base + connection.heap.offset)
-        out = library.empty((num_tokens, shape.hidden), "bfloat16")
-        out_weights = library.empty((num_tokens, shape.num_topk), "float32") if shape.weighted else None
-        connection.launch(plan.kernels["combine"], run.stream, *self._common(), plan.fingerprint, *inputs, known.rank_prefix,
-                          known.send_rows, num_tokens, staging, staged_weights, *biases, *[0] * (2 - len(biases)), at(out),
-                          0 if out_weights is None else at(out_weights))
+        out = library.empty((known.num_tokens, shape.hidden), "bfloat16")
+        out_weights = library.empty((known.num_tokens, shape.num_topk), "float32") if shape.weighted else None
+        connection.launch(plan.kernels["combine"], run.stream, *self._common(), plan.fingerprint, x_at, weights_at,
+                          known.rank_prefix, known.send_rows, known.num_tokens, staging, staged_weights, *biases_at,
+                          *[0] * (2 - len(biases)), at(out), 0 if out_weights is None else at(out_weights))
         return out, out_weights, self._event(run, (x, handle, topk_weights, bias, out, out_weights))
 
     # ---- how an operation runs -------------------------------------------------------------------------------------------
@@ -188,57 +163,69 @@ class HighThroughputOperations:
         connection = self._connection
         return connection.transport.base, connection.rank, connection.timeout_ns
 
-    def _check(self, operation, check, given, options):
-        """What a check returns; remembered for arguments like these, of which only addresses and values may differ."""
-        try:
-            key = (operation, *map(arrays.signature, given), *options)
-            checked = self._checked.get(key)
-        except TypeError:                                        # an argument that cannot be hashed: the check says which
-            checked = key = None
-        if checked is None:
-            checked = check(self._connection.engine, self._connection.size, *given, *options)
-            if len(self._checked) >= CHECKED:
-                self._checked.clear()
-            if key is not None:
-                self._checked[key] = checked
-        return checked
+    def _ready_layout(self, call):
+        """(num_sms, the kernel that counts for so many, memory in which it counts) for a call of `get_dispatch_layout`."""
+        num_sms = self._sms(None)
+        if call.ready is None or call.ready[0] != num_sms:
+            (library, _, num_topk, index_bytes, num_experts), ranks = call.checked, self._connection.size
+            kernel, blocks = self._kernels.layout(num_experts, ranks, num_topk, index_bytes, num_sms)
+            key = library, blocks, num_experts
+            if key not in self._counts:                          # for all to use in turn: no graph may find it gone
+                self._counts[key] = library.empty((blocks, num_experts + ranks), "int32")
+            call.ready = num_sms, kernel, self._counts[key]
+        return call.ready
 
-    def _check_uncached(self, moved, topk_idx):
-        """What the checks of a dispatch that exchanges counts cannot remember."""
-        if moved.library.engine == "cpu" and topk_idx is not None:
-            check_experts(topk_idx, moved.shape.num_experts)
-        if self._connection.heap.capturing and not moved.num_worst_tokens:
-            raise RuntimeError("dispatch waits on the host for the number of rows, which a graph cannot do: pass num_worst_tokens "
-                               "or a handle")
+    def _checked_dispatch(self, values, scales, given, handle, expert_alignment, num_worst_tokens):
+        """(the `Call` of a dispatch, addresses of values, scales and, without a handle, of what is given beside it)."""
+        if handle is None:
+            found = self._ht_calls.find("dispatch", check_dispatch, (values, scales, *given), (expert_alignment, num_worst_tokens))
+        else:
+            check_handle(handle, self._connection.number)
+            if num_worst_tokens or any([a is not None for a in given]):
+                check_none(dict(zip(GIVEN, given), num_worst_tokens=num_worst_tokens))
+            found = self._ht_calls.find("cached", check_cached, (values, scales), (handle.library, handle.known.num_tokens))
+        moved = found[0].checked
+        capturing = self._connection.heap.capturing = moved.library.is_capturing()
+        if handle is None:
+            topk_idx = given[3]
+            if moved.library.engine == "cpu" and topk_idx is not None:
+                check_experts(topk_idx, moved.shape.num_experts)
+            if capturing and not moved.num_worst_tokens:
+                raise RuntimeError("dispatch waits on the host for the number of rows, which a graph cannot do: pass "
+                                   "num_worst_tokens or a handle")
+        return found
 
-    def _most(self, moved, num_tokens, known):
+    def _most(self, moved, known):
         """Of a dispatch, as far as it is known by now: the rows that it stores on a rank, those that it receives, those that go
         from a rank to others."""
         if known is not None:
             return known.most_received, known.most_received, known.most_sent
-        return moved.num_worst_tokens, moved.num_worst_tokens, num_tokens * (self._connection.size - 1)
+        return moved.num_worst_tokens, moved.num_worst_tokens, moved.num_tokens * (self._connection.size - 1)
 
-    def _ready(self, library, shape, index_bytes, scale_item, num_sms, most):
-        """The `Plan` of a shape; EPBufferTooSmallError if it has no room for so many rows (`_most`)."""
-        key = shape, index_bytes, scale_item, num_sms
-        plan = self._ht_plans.get(key)
-        if plan is None or most[0] > plan.most_rows:
-            plan = self._ht_plans[key] = self._make_ready_plan(library, *key, most)
+    def _ready(self, call, config, *most):
+        """The `Plan` of a call; EPBufferTooSmallError if it has no room for so many rows (`_most`)."""
+        num_sms, plan = self._sms(config), call.ready
+        if plan is None or plan.num_sms != num_sms or most[0] > plan.most_rows:
+            plan = call.ready = self._make_plan(call.checked, num_sms, most)
         return plan
 
-    def _make_ready_plan(self, library, shape, index_bytes, scale_item, num_sms, most):
+    def _make_plan(self, moved, num_sms, most):
         """The first time that a shape is used, all ranks compile, and meet."""
-        connection, fingerprint = self._connection, shape.fingerprint
-        most_rows = min(shape.rows.fit(connection.heap.operations_room), UNLIMITED)
+        connection, shape, fingerprint = self._connection, moved.shape, moved.shape.fingerprint
+        key = shape, moved.index_bytes, moved.scale_item, num_sms
+        plan = self._ht_plans.get(key)
+        most_rows = min(shape.rows.fit(connection.heap.operations_room), UNLIMITED) if plan is None else plan.most_rows
         self._require_room(shape, most_rows, *most)
-        met = fingerprint in self._met
-        if not met and library.is_capturing():
-            raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
-        kernels = self._kernels.of(shape, index_bytes, scale_item, num_sms, connection.rank)
-        if not met:
-            connection.meet(f"first use of {shape}", fingerprint)
-            self._met[fingerprint] = shape
-        return Plan(kernels, shape.rows, fingerprint, most_rows)
+        if plan is None:
+            met = fingerprint in self._met
+            if not met and moved.library.is_capturing():
+                raise RuntimeError("the first operation of a shape compiles kernels: run it once before capturing a graph")
+            kernels = self._kernels.of(*key, connection.rank)
+            if not met:
+                connection.meet(f"first use of {shape}", fingerprint)
+                self._met[fingerprint] = shape
+            plan = self._ht_plans[key] = Plan(kernels, shape.rows, fingerprint, most_rows, num_sms)
+        return plan
 
     def _require_room(self, shape, most_rows, num_rows, received, sent):
         if num_rows > most_rows:
@@ -265,27 +252,30 @@ class HighThroughputOperations:
         if event is not None and heap.returned > event.moment:
             self._follow(run)
 
-    def _exchange(self, run, plan, moved, per_rank, in_rank, per_expert, num_tokens):
-        """Exchange counts; wait for them, unless there is room for the worst.  The layout that this rank knows then; its `Words`."""
-        connection, at, worst = self._connection, run.library.pointer, moved.num_worst_tokens
+    def _exchange(self, run, plan, moved, addresses):
+        """Exchange counts; wait for them, unless there is room for the worst.  The layout that this rank knows then, and the arrays
+        that are it."""
+        connection, worst = self._connection, moved.num_worst_tokens
         ranks, transport = connection.size, connection.transport
-        words = Words(transport.base, connection.heap, run.library, ranks, num_tokens)
+        words = Words(transport.base, connection.heap, run.library, ranks, moved.num_tokens)
         if words.of_library and run.previous_event is not None:
             self._follow(run)
         self._cover(run)
         transport.answer[STATE] = 0
-        connection.launch(plan.kernels["notify"], run.stream, *self._common(), plan.fingerprint, at(per_rank), at(per_expert),
-                          at(in_rank), num_tokens, worst, moved.expert_alignment, *words.addresses,
+        per_rank_at, in_rank_at, per_expert_at = addresses[2:5]
+        connection.launch(plan.kernels["notify"], run.stream, *self._common(), plan.fingerprint, per_rank_at, per_expert_at,
+                          in_rank_at, moved.num_tokens, worst, moved.expert_alignment, *words.addresses,
                           0 if worst else transport.answers)
-        most = num_tokens * (ranks - 1)
-        known = (worst, most, worst, most, []) if worst else self._wait_for_counts(moved.shape)
-        known = Known(*words.addresses, num_tokens, *known)
+        most = moved.num_tokens * (ranks - 1)
+        known = (worst, most, worst, most, []) if worst else self._wait_for_counts(moved.shape, words, run.library)
+        known = Known(*words.addresses, moved.num_tokens, *known)
         self._require_room(moved.shape, plan.most_rows, known.most_received, known.most_received, known.most_sent)
-        return known, words
+        return known, words.arrays(run.library)
 
-    def _wait_for_counts(self, shape):
-        """What the notify kernel has written for the host, once it is there."""
+    def _wait_for_counts(self, shape, words, library):
+        """What the notify kernel has written for the host, once it is there.  The arrays of `Words` are made meanwhile."""
         connection, answer = self._connection, self._connection.transport.answer
+        words.arrays(library)
         deadline, polls = time.monotonic() + connection.timeout_s, 0
         while answer[STATE] == 0:
             polls += 1
@@ -297,27 +287,30 @@ class HighThroughputOperations:
                     deadline = float("inf")
         return read_counts(answer, shape.num_experts // shape.num_ranks)
 
-    def _received(self, run, received):
-        """The arrays of a dispatch that was launched, by section."""
-        if received.copied and run.previous_event is not None:
-            self._follow(run)                                    # memory of the library may be in use on the current stream
-        results, copied = received.arrays(run.library, self._connection.engine, run.stream)
-        if received.copied:
-            self.copied_results, self.copied_bytes = self.copied_results + 1, self.copied_bytes + copied
-        return results
+    def _send(self, run, plan, moved, known, addresses):
+        """Send the rows: the arrays that they are received in, by section."""
+        connection, (x_at, scales_at, *_) = self._connection, addresses
+        idx_at, weights_at = addresses[5:] or (0, 0)             # travel without a handle only
+        received = Received(connection.transport.base, connection.heap, plan.rows, moved.kinds, known.num_rows)
+        self._cover(run)
+        connection.launch(plan.kernels["dispatch"], run.stream, *self._common(), plan.fingerprint, x_at, moved.x_stride, scales_at,
+                          moved.scales_stride, moved.scale_stride, idx_at, weights_at, known.num_tokens, known.rank_prefix,
+                          known.send_rows, known.num_rows, *received.addresses)
+        if received.copied_bytes:
+            self.copied_results, self.copied_bytes = self.copied_results + 1, self.copied_bytes + received.copied_bytes
+            if run.previous_event is not None:
+                self._follow(run)                                # memory of the library may be in use on the current stream
+        return received.arrays(run.library, connection.engine, run.stream)
 
     def _event(self, run, keep):
         """The event behind an operation that was launched; keep: what it reads and writes."""
-        streams = self._connection.streams
-        recorded = streams.record() if run.async_finish else None
-        event = EventOverlap(recorded, keep if recorded else None, run.library, run.current, self._connection.check)
-        if run.previous_event is not None:
-            event.moment = run.previous_event.moment             # it does not cover what the caller's stream has done since
-        return event
+        return self._connection.streams.event(run.library, run.current, keep, run.async_finish, run.previous_event,
+                                              self._connection.check)
 
     def _forget_high_throughput(self):
         """Let go of all kernels and memory."""
-        self._kernels, self._checked, self._ht_plans, self._met, self._counts = None, {}, {}, {}, {}
+        self._ht_calls.forget()
+        self._kernels, self._ht_plans, self._met, self._counts = None, {}, {}, {}
 
 
 class Run(NamedTuple):
@@ -328,11 +321,3 @@ class Run(NamedTuple):
     current: int                        # the caller's stream
     async_finish: bool
     previous_event: object
-
-
-def aligned(library, array, argument):
-    """The address of rows that kernels access 16 bytes at a time."""
-    address = library.pointer(array)
-    if address % 16 and len(array):
-        raise ValueError(f"{argument} begins at address {address:#x}; rows must begin at a multiple of 16 bytes")
-    return address

@@ -1,10 +1,9 @@
 """The low-latency operations of a `Buffer`: each checks its arguments, launches, and hands back arrays and a handle."""
 import functools
 
-from . import arrays, layout
-from .calls import Call
+from . import layout
+from .calls import Calls
 from .checks import check_async, check_combine, check_dispatch, check_experts, check_handle, check_room, check_shape
-from .events import EventOverlap
 from .kernels.low_latency_boxes import UNORDERED
 from .low_latency import (COMBINE, DISPATCH, WORDS_FOR, InFlight, check_fits, error_from, fingerprint, make_plan, void_error,
                           widest)
@@ -22,7 +21,7 @@ class LowLatencyOperations:
         self._connection = connection
         self._ready_bytes = 0                                    # of each half: holds the absence value, peers may write
         self._plans, self._shapes, self._in_flight = {}, {}, InFlight()
-        self._calls, self._results = {}, {}
+        self._calls, self._results = Calls(connection, MOST_CALLS), {}
         words = functools.partial(error_from, rank=connection.rank, shapes=self._shapes, half_bytes=connection.half_bytes,
                                   timeout_s=connection.timeout_s)
         connection.words_for.update(dict.fromkeys(WORDS_FOR, words))
@@ -64,20 +63,21 @@ class LowLatencyOperations:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
         stats, waits = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
-        call = self._prepared("dispatch", check_dispatch, (x, topk_idx, topk_weights, stats, waits, out),
-                              (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
-        shape, library = call.shape, call.library
+        call, (x_at, idx_at, weights_at, stats_at, waits_at, out_at) = self._calls.find(
+            "dispatch", check_dispatch, (x, topk_idx, topk_weights, stats, waits, out),
+            (num_max_dispatch_tokens_per_rank, num_experts, use_fp8, round_scale, use_ue8m0, output_layout))
+        library, shape, num_tokens, _ = call.checked
         if library.engine == "cpu":
             check_experts(topk_idx, shape.num_experts)
             check_room(topk_idx, shape, self._connection.rank)
-        self._make(call, "dispatch")
-        (received, addresses), at, num_tokens = call.results.next(shape), call.at, x.shape[0]
+        _, results = self._made_ready(call, "dispatch")
+        received, addresses = results.next(shape)
         if out is not None:
-            received, addresses = received._replace(recv_x=out), addresses._replace(recv_x=call.aligned(out, "out"))
-        args = call.aligned(x, "x"), at(topk_idx), at(topk_weights), num_tokens, at(stats), at(waits), *addresses
+            received, addresses = received._replace(recv_x=out), addresses._replace(recv_x=out_at)
+        args = x_at, idx_at, weights_at, num_tokens, stats_at, waits_at, *addresses
         event, hook = self._run(DISPATCH, call, args, (x, topk_idx, topk_weights, stats, waits, received), return_recv_hook,
                                 async_finish, previous_event)
-        handle = LowLatencyHandle(self._connection.number, call.results.dispatches, received, addresses, shape, num_tokens)
+        handle = LowLatencyHandle(self._connection.number, results.dispatches, received, addresses, library, shape, num_tokens)
         recv_x = (received.recv_x, received.scales) if shape.fp8 else received.recv_x
         dispatched = LowLatencyDispatched(recv_x, received.recv_count, handle, event, hook)
         if shape.rank_major:
@@ -113,28 +113,28 @@ class LowLatencyOperations:
             check_async(async_finish, return_recv_hook, previous_event)
         self._connection.require_usable()
         check_handle(handle, self._connection.number)
-        shape, num_tokens, known, waits = handle.shape, handle.num_tokens, handle.addresses, combine_wait_recv_cost_stats
-        if shape.reduced:
+        library, shape, num_tokens, known = handle.library, handle.shape, handle.num_tokens, handle.addresses
+        reduced, waits = shape.reduced, combine_wait_recv_cost_stats
+        if reduced:
             topk_idx = topk_weights = None
-        call = self._prepared("combine", check_combine, (x, topk_idx, topk_weights, waits, out, handle[0]), (shape, num_tokens))
-        self._make(call, "combine")
-        if call.results.dispatches > handle.number + 1:
+        call, (x_at, idx_at, weights_at, waits_at, out_at) = self._calls.find(
+            "combine", check_combine, (x, topk_idx, topk_weights, waits, out), (library, shape, num_tokens, zero_copy))
+        _, results = self._made_ready(call, "combine")
+        if results.dispatches > handle.number + 1:
             raise ValueError("handle is of a dispatch whose results were overwritten: two more of that mode came after it")
-        library = call.library
         if zero_copy:
-            x = call.results.combine_input(shape, make=False)
+            x = results.combine_input(shape, make=False)
             if x is None:
                 raise ValueError("zero_copy=True sends the array of get_next_low_latency_combine_buffer, which was not called")
-        x_at = call.aligned(x, "x")
+            x_at = library.pointer(x)
         if out is None:
             if async_finish and previous_event is not None:
                 raise ValueError("out is None with async_finish=True and previous_event; expected an array: memory made here might "
                                  "still be in use on the current stream")
             out = library.empty((num_tokens, shape.hidden), "bfloat16")
-        selections = () if shape.reduced else (call.at(topk_idx), call.at(topk_weights))
-        more = (known.weight_of, known.src_info) if shape.reduced else ()
-        args = (x_at, *selections, num_tokens, call.at(waits), known.row_of, *more, known.sent, known.packet_of, known.selected,
-                call.aligned(out, "out"))
+            out_at = library.pointer(out)
+        selections, more = ((), (known.weight_of, known.src_info)) if reduced else ((idx_at, weights_at), ())
+        args = (x_at, *selections, num_tokens, waits_at, known.row_of, *more, known.sent, known.packet_of, known.selected, out_at)
         event, hook = self._run(COMBINE, call, args, (x, topk_idx, topk_weights, handle, out, waits), return_recv_hook,
                                 async_finish, previous_event)
         return out, event, hook
@@ -148,7 +148,7 @@ class LowLatencyOperations:
         """
         self._connection.require_usable()
         check_handle(handle, self._connection.number)
-        return self._results_of(arrays.library_of(handle[0], "handle"), handle.shape).combine_input(handle.shape)
+        return self._results_of(handle.library, handle.shape).combine_input(handle.shape)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Make the buffer ready for a shape: it always is, since readers clean behind themselves.  Checks that the shape fits."""
@@ -172,49 +172,34 @@ class LowLatencyOperations:
 
     # ---- how an operation runs -------------------------------------------------------------------------------------------
 
-    def _prepared(self, operation, check, given, options):
-        """The checked call for arguments like these: `given` are arrays or None, of which only the addresses and values may differ
-        between calls that share one, `options` all else that matters."""
-        try:
-            key = (operation, *map(arrays.signature, given), options)
-            call = self._calls.get(key)
-        except TypeError:                                        # an argument that cannot be hashed: the checks say which
-            call = key = None
-        if call is None:
-            call = Call(*check(self._connection.engine, self._connection.size, *given, *options))
-            if key is not None:
-                if len(self._calls) >= MOST_CALLS:               # of ever other numbers of tokens
-                    self._calls.clear()
-                self._calls[key] = call
-        return call
-
-    def _make(self, call, operation):
-        """See to it that all is there that a call needs: kernels, memory that peers may write, results.  The first time it is more
-        than a look, and all ranks meet."""
-        if call.kernels is None:
-            plan, results = self._plan(call), self._results_of(call.library, call.shape)
-            call.kernels, call.results = getattr(plan, operation), results
-        if not call.results.has_room(call.shape):
+    def _made_ready(self, call, operation):
+        """(kernels by phase, `Results`) for a call.  The first time it is more than a look, and all ranks meet."""
+        if call.ready is None:
+            plan = self._plan(call)
+            call.ready = getattr(plan, operation), self._results_of(call.checked.library, call.checked.shape)
+        _, results = call.ready
+        if not results.has_room(call.checked.shape):
             self._refuse_capture(call, "needs memory for its results")
-            call.results.grow(call.shape)
+            results.grow(call.checked.shape)
             self._connection.engine.synchronize()                # that memory may be in use on a stream that is not waited for
+        return call.ready
 
     def _plan(self, call):
         """The kernels of a call's shape.  The first time, and whenever M is larger than before, all ranks make ready the memory it
         uses, and meet."""
-        connection, shape = self._connection, call.shape
+        connection, (_, shape, _, index_bytes) = self._connection, call.checked
         compiled = widest(connection.engine, shape)
-        plan = self._plans.get((compiled, call.index_bytes))
+        plan = self._plans.get((compiled, index_bytes))
         known = compiled in {s for s, _ in self._plans}          # else with the other integer type: only this rank may need it
         if plan is None or shape.half_bytes > self._ready_bytes:
             self._check_fits(shape)
             self._refuse_capture(call, "compiles kernels, or needs more of the buffer than any before")
         if plan is None:
-            plan = make_plan(connection.engine, shape, call.index_bytes, connection.rank, self._ports())
+            plan = make_plan(connection.engine, shape, index_bytes, connection.rank, self._ports())
         if not known or shape.half_bytes > self._ready_bytes:
             self._make_ready(shape.half_bytes)
             connection.meet(f"first use of {shape}", fingerprint(shape) + shape.max_tokens)
-        self._plans[compiled, call.index_bytes] = plan
+        self._plans[compiled, index_bytes] = plan
         return plan
 
     def _results_of(self, library, shape):
@@ -227,17 +212,17 @@ class LowLatencyOperations:
     @staticmethod
     def _refuse_capture(call, what):
         """RuntimeError if the call is to be captured into a graph."""
-        if call.library.is_capturing():
+        if call.checked.library.is_capturing():
             raise RuntimeError(f"this operation {what}: run it once before capturing a graph, or call Buffer.warm_up, with "
-                               f"num_max_dispatch_tokens_per_rank={call.shape.max_tokens}")
+                               f"num_max_dispatch_tokens_per_rank={call.checked.shape.max_tokens}")
 
     def _run(self, operation, call, args, keep, return_recv_hook, async_finish, previous_event):
         """Launch an operation, or its send half: (its event, what launches the receive half or None)."""
-        connection, library, receive = self._connection, call.library, None
-        call.results.note_capture()
+        connection, library, (kernels, results), receive = self._connection, call.checked.library, call.ready, None
+        results.note_capture()
         current = library.stream()
         stream = connection.streams.enter(current, async_finish, previous_event)
-        if not return_recv_hook and "both" in call.kernels:
+        if not return_recv_hook and "both" in kernels:
             lag = self._in_flight.send_and_receive()
             self._note(operation, call)
             self._launch(call, "both", stream, lag, args)
@@ -248,23 +233,21 @@ class LowLatencyOperations:
             receive = ReceiveHook(self, call, number, args, keep)
             if not return_recv_hook:
                 receive(stream)
-        recorded = connection.streams.record() if async_finish else None
-        event = EventOverlap(recorded, keep if recorded else None, library, current, connection.check)
-        if previous_event is not None:
-            event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
+        event = connection.streams.event(library, current, keep, async_finish, previous_event, connection.check)
         return event, receive if return_recv_hook else None
 
     def _note(self, operation, call):
         """An operation is launched now, and no longer refused: errors are about its shape, and results of earlier dispatches are
         overwritten, even if it turns out to be void."""
-        self._shapes[operation] = call.shape
+        self._shapes[operation] = call.checked.shape
         if operation == DISPATCH:
-            call.results.dispatches += 1
+            _, results = call.ready
+            results.dispatches += 1
 
     def _launch(self, call, phase, stream, lag, args):
-        connection = self._connection
-        connection.launch(call.kernels[phase], stream, connection.transport.base, connection.rank, connection.half_bytes,
-                          connection.timeout_ns, lag, call.shape.max_tokens, *args)
+        connection, (kernels, _) = self._connection, call.ready
+        connection.launch(kernels[phase], stream, connection.transport.base, connection.rank, connection.half_bytes,
+                          connection.timeout_ns, lag, call.checked.shape.max_tokens, *args)
 
     def _ports(self):
         """0 if all ranks map each other's memory, else what PORTS is in the kernels."""
@@ -286,7 +269,8 @@ class LowLatencyOperations:
 
     def _forget(self):
         """Let go of all arrays and kernels."""
-        self._calls, self._plans, self._results = {}, {}, {}
+        self._calls.forget()
+        self._plans, self._results = {}, {}
 
 
 class ReceiveHook:
@@ -301,6 +285,6 @@ class ReceiveHook:
         operations, connection = self._operations, self._operations._connection
         if stream is None:
             connection.require_usable()
-            stream = connection.streams.enter(self._call.library.stream())
+            stream = connection.streams.enter(self._call.checked.library.stream())
         lag = operations._in_flight.receive(self._number)
         operations._launch(self._call, "receive", stream, lag, self._args)

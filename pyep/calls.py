@@ -1,26 +1,48 @@
-"""What is left of an operation's arguments once they were checked."""
+"""Calls whose arguments were checked, kept in mind: a call like an earlier one is not checked again."""
+from . import arrays
 
 
 class Call:
-    """An operation whose arguments were checked: what it needs besides their addresses.
+    """An operation whose arguments were checked.
 
-    kernels (by phase) and results are set when it is about to run for the first time, see `LowLatencyOperations._make`.
+    checked: what the check has returned: all that the operation needs to know of its arguments but for addresses and values.
+    ready: what was made ready for it when it ran first, None up to then.
     """
 
-    __slots__ = "shape", "library", "index_bytes", "kernels", "results"
+    __slots__ = "checked", "ready"
 
-    def __init__(self, library, shape, index_bytes):
-        """shape: a `layout.LowLatency`.  index_bytes: of an entry of topk_idx."""
-        self.library, self.shape, self.index_bytes = library, shape, index_bytes
-        self.kernels = self.results = None
+    def __init__(self, checked):
+        self.checked, self.ready = checked, None
 
-    def at(self, array):
-        """The address of an array; 0 for None."""
-        return 0 if array is None else self.library.pointer(array)
 
-    def aligned(self, array, argument):
-        """The address of rows that kernels access 16 bytes at a time."""
-        address = self.library.pointer(array)
-        if address % 16 and len(array):
-            raise ValueError(f"{argument} begins at address {address:#x}; rows must begin at a multiple of 16 bytes")
-        return address
+class Calls:
+    """The calls of a buffer, by all of their arguments but for addresses and values."""
+
+    def __init__(self, connection, most):
+        """most: how many are kept in mind, before they are forgotten; where sizes are ever other ones, they are."""
+        self._connection, self._most, self._calls = connection, most, {}
+
+    def find(self, operation, check, given, options):
+        """(the `Call`, addresses of `given`).  given: arrays, or None.  options: all else that matters.
+
+        check: a function of (engine, number of ranks, *given, *options) that raises what is wrong with them, if this is the first
+        such call.
+        """
+        signatures, addresses = arrays.look(given)
+        key = operation, signatures, options
+        try:
+            call = self._calls.get(key)
+        except TypeError:                                        # an option that cannot be hashed: the check says which
+            return Call(self._check(check, given, options)), addresses
+        if call is None:
+            call = Call(self._check(check, given, options))
+            if len(self._calls) >= self._most:
+                self._calls.clear()
+            self._calls[key] = call
+        return call, addresses
+
+    def _check(self, check, given, options):
+        return check(self._connection.engine, self._connection.size, *given, *options)
+
+    def forget(self):
+        self._calls.clear()

@@ -1,5 +1,6 @@
 """Arguments that no operation can serve: `TypeError` or `ValueError`, naming the argument, what it was and what is accepted."""
 import numbers
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,11 +63,21 @@ def check_mode(hidden, use_fp8, round_scale, use_ue8m0, output_layout):
     return "fp8_ue8m0" if use_ue8m0 else "fp8_powers_of_2" if round_scale else "fp8"
 
 
+class LowLatencyCall(NamedTuple):
+    """What an operation needs to know of its arguments but for values and addresses."""
+
+    library: arrays.Library
+    shape: layout.LowLatency
+    num_tokens: int                     # T
+    index_bytes: int                    # of an entry of topk_idx
+
+
 def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, out, max_tokens, num_experts, use_fp8, round_scale,
                    use_ue8m0, output_layout):
-    """All of a dispatch's arguments but for values and addresses: (library, `LowLatency`, bytes of an entry of topk_idx)."""
+    """All of a dispatch's arguments but for values and addresses: `LowLatencyCall`."""
     library = library_on(engine, x, "x")
     arrays.check(x, "x", library, ("bfloat16",), ("T", "H"))
+    arrays.check_aligned(x, "x", library)
     arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (x.shape[0], "K"))
     (num_tokens, hidden), num_topk = x.shape, topk_idx.shape[1]
     check_shape(max_tokens, hidden, num_ranks, num_experts, num_topk, num_tokens, topk_name="topk_idx")
@@ -83,16 +94,17 @@ def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, o
         if shape.fp8:
             raise ValueError("out is given with use_fp8=True; expected None: FP8 is received into the buffer's own arrays")
         arrays.check(out, "out", library, ("bfloat16",), (*recv_shape(shape), hidden), writable=True)
-    return library, shape, index_bytes_of(library, topk_idx)
+        arrays.check_aligned(out, "out", library)
+    return LowLatencyCall(library, shape, num_tokens, index_bytes_of(library, topk_idx))
 
 
-def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_info, shape, num_tokens):
-    """All of a combine's arguments but for values and addresses; `src_info`, `shape` and `num_tokens` are the handle's."""
+def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, dispatched_with, shape, num_tokens, zero_copy):
+    """All of a combine's arguments but for values and addresses, likewise.  dispatched_with, shape, num_tokens: of the handle."""
     library = library_on(engine, x, "x")
-    if arrays.library_of(src_info, "handle") is not library:
-        raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of "
-                        f"{arrays.library_of(src_info, 'handle').name} arrays")
+    check_library(library, dispatched_with)
     arrays.check(x, "x", library, ("bfloat16",), (*recv_shape(shape), shape.hidden))
+    if not zero_copy:
+        arrays.check_aligned(x, "x", library)
     index_bytes = 8
     if not shape.reduced:
         arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (num_tokens, shape.num_topk))
@@ -102,7 +114,14 @@ def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_
         arrays.check(waits, "combine_wait_recv_cost_stats", library, ("int64",), (num_ranks,), writable=True)
     if out is not None:
         arrays.check(out, "out", library, ("bfloat16",), (num_tokens, shape.hidden), writable=True)
-    return library, shape, index_bytes
+        arrays.check_aligned(out, "out", library)
+    return LowLatencyCall(library, shape, num_tokens, index_bytes)
+
+
+def check_library(library, dispatched_with):
+    """TypeError unless a handle's arrays are of the library that x is of."""
+    if dispatched_with is not library:
+        raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of {dispatched_with.name} arrays")
 
 
 def library_on(engine, array, argument):

@@ -3,15 +3,16 @@ import numbers
 from typing import NamedTuple
 
 from . import arrays, layout
-from .checks import check_async, index_bytes_of, library_on
+from .checks import check_async, check_library, index_bytes_of, library_on
 from .config import Config
 from .high_throughput import Shape
 from .high_throughput_errors import COMBINE, DISPATCH
-from .high_throughput_results import HighThroughputHandle, Kind
+from .high_throughput_results import HighThroughputHandle, kind_of
 from .kernels.intranode import ROW, SCALES, SOURCE, TOPK_IDX, TOPK_WEIGHTS
 
 SCALE_TYPES = "float32", "int32", "uint32", "uint8", "int8", "float8_e8m0fnu", "float8_e4m3fn", "bfloat16", "float16"
 LAYOUT = "num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert"
+GIVEN = *LAYOUT, "topk_idx", "topk_weights"                      # to a dispatch without a handle
 
 
 def check_run(config, previous_event):
@@ -65,25 +66,19 @@ def check_layout(engine, num_ranks, topk_idx, num_experts):
 # ---- rows and their scales -------------------------------------------------------------------------------------------
 
 class Moved(NamedTuple):
-    """What a dispatch moves, and how it lies in memory, strides in bytes."""
+    """What an operation moves, and how it lies in memory, strides in bytes."""
 
     library: arrays.Library
     shape: Shape
-    kinds: tuple                        # of results, `Kind`s
+    num_tokens: int                     # T
+    kinds: tuple = ()                   # of a dispatch's results, `Kind`s
     index_bytes: int = 8                # of an entry of topk_idx
     num_worst_tokens: int = 0
     expert_alignment: int = 1
     x_stride: int = 0                   # from one row to the next
     scales_stride: int = 0              # from one row's scales to the next's
     scale_stride: int = 0               # from one of them to the next
-    scale_item: int = 4                 # bytes of one of them
-    in_words: bool = False              # whether words of 4 bytes can be moved instead, if they begin at a multiple of 4
-
-    def scales_from(self, address):
-        """(bytes of an item, stride of rows, stride of items) by which scales at an address are moved."""
-        if self.in_words and address % 4 == 0:
-            return 4, self.scales_stride, 4
-        return self.scale_item, self.scales_stride, self.scale_stride
+    scale_item: int = 4                 # bytes that are moved of them at a time
 
 
 def values_and_scales(x):
@@ -93,17 +88,6 @@ def values_and_scales(x):
     if len(x) != 2 or x[1] is None:
         raise TypeError(f"x is a tuple of {len(x)}; expected a [T, H] array or the pair (values, scales)")
     return x
-
-
-def strides(array):
-    """What of an array but for its address says where its elements lie, in the library's units; to compare."""
-    stride = getattr(array, "stride", None)
-    if stride is None:
-        return getattr(array, "strides", None)
-    try:
-        return stride()
-    except Exception:                                            # a tensor without memory has none: the checks say so
-        return None
 
 
 def byte_strides(array):
@@ -138,39 +122,32 @@ def check_x(engine, values, scales):
     """x: (library, fields of `Shape`, `Kind`s, fields of `Moved`)."""
     argument = "x" if scales is None else "x[0], the values,"
     library, x_stride = check_values(engine, values, argument, scales is None)
+    arrays.check_aligned(values, argument, library)
     num_tokens, hidden = values.shape
     shape = dict(hidden=hidden, dtype=library.dtype(values))
-    kinds, moved = (Kind(ROW, hidden * values.dtype.itemsize, values.dtype),), dict(x_stride=x_stride)
+    kinds, moved = (kind_of(ROW, values.dtype, hidden),), dict(x_stride=x_stride)
     if scales is None:
         return library, shape, kinds, moved
     arrays.library_of(scales, "x[1], the scales,")               # for its error
     if len(scales.shape) not in (1, 2) or scales.shape[0] != num_tokens or 0 in scales.shape[1:]:
         raise ValueError(f"x[1], the scales, has shape {list(scales.shape)}; expected [{num_tokens}, S] or [{num_tokens}]")
-    check_strided(scales, "x[1], the scales,", library, SCALE_TYPES)
+    arrays.check_type(scales, "x[1], the scales,", library, SCALE_TYPES)
     item, (scales_stride, *steps) = scales.dtype.itemsize, byte_strides(scales)
     num_scales, step = (scales.shape[1], steps[0]) if steps else (1, item)
     scale_bytes = item * num_scales
     shape |= dict(scale_bytes=scale_bytes, scale_dtype=library.dtype(scales))
-    kinds += Kind(SCALES, scale_bytes, scales.dtype, by_rows=bool(steps)),
-    in_words = (num_scales == 1 or step == item) and scale_bytes % 4 == 0 and scales_stride % 4 == 0
-    moved |= dict(scales_stride=scales_stride, scale_stride=step, scale_item=item, in_words=in_words)
+    kinds += kind_of(SCALES, scales.dtype, *scales.shape[1:]),
+    in_one_piece = num_scales == 1 or step == item
+    if in_one_piece and scale_bytes % 4 == 0 and scales_stride % 4 == 0 and library.pointer(scales) % 4 == 0:
+        item = step = 4                                          # in words
+    moved |= dict(scales_stride=scales_stride, scale_stride=step, scale_item=item)
     return library, shape, kinds, moved
-
-
-def check_strided(array, argument, library, dtypes):
-    """TypeError unless `array`, which may lie in any strides, is of `library` and one of `dtypes`."""
-    other = arrays.library_of(array, argument)
-    if other is not library:
-        raise TypeError(f"{argument} is a {other.name} array in {other.engine} memory; the others are {library.name} "
-                        f"arrays in {library.engine} memory")
-    if library.dtype(array) not in dtypes:
-        raise TypeError(f"{argument} has dtype {library.dtype(array)}; expected {' or '.join(dtypes)}")
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 def check_dispatch(engine, num_ranks, values, scales, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
-                   topk_weights, expert_alignment, num_worst_tokens, *_strides):
+                   topk_weights, expert_alignment, num_worst_tokens):
     """The arguments of a dispatch without a handle, but for values and addresses: `Moved`."""
     library, shape, kinds, moved = check_x(engine, values, scales)
     num_tokens = values.shape[0]
@@ -186,19 +163,19 @@ def check_dispatch(engine, num_ranks, values, scales, num_tokens_per_rank, is_to
     if num_experts < 1 or num_experts % num_ranks or num_experts // num_ranks > layout.MAX_LOCAL_EXPERTS:
         raise ValueError(f"num_tokens_per_expert has shape [{num_experts}]; expected a multiple of the {num_ranks} ranks, and at "
                          f"most {layout.MAX_LOCAL_EXPERTS} experts a rank")
-    kinds += Kind(SOURCE, 4, library.dtype_of("int32"), by_rows=False),
+    kinds += kind_of(SOURCE, library.dtype_of("int32")),
     num_topk, index_bytes = 0, 8
     if topk_idx is not None:
         num_topk, index_bytes = check_topk_idx(topk_idx, library, num_tokens), index_bytes_of(library, topk_idx)
-        kinds += Kind(TOPK_IDX, 8 * num_topk, library.dtype_of("int64")),
+        kinds += kind_of(TOPK_IDX, library.dtype_of("int64"), num_topk),
     if topk_weights is not None:
         if topk_idx is None:
             raise ValueError("topk_weights are given, but topk_idx is None; expected both: weights belong to selections")
         arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, num_topk))
-        kinds += Kind(TOPK_WEIGHTS, 4 * num_topk, library.dtype_of("float32")),
+        kinds += kind_of(TOPK_WEIGHTS, library.dtype_of("float32"), num_topk),
     shape = Shape(DISPATCH, num_ranks, **shape, num_topk=num_topk, weighted=topk_weights is not None, num_experts=num_experts,
                   counts="worst" if num_worst_tokens else "exchanged")
-    return Moved(library, shape, kinds, index_bytes, num_worst_tokens, expert_alignment, **moved)
+    return Moved(library, shape, num_tokens, kinds, index_bytes, num_worst_tokens, expert_alignment, **moved)
 
 
 def check_none(given):
@@ -208,17 +185,13 @@ def check_none(given):
             raise ValueError(f"{name} is given together with handle; expected None: the handle has the layout, and only x moves")
 
 
-def check_cached(engine, num_ranks, values, scales, *_strides):
-    """x of a dispatch with a handle, likewise."""
+def check_cached(engine, num_ranks, values, scales, dispatched_with, num_tokens):
+    """x of a dispatch with a handle, likewise.  dispatched_with, num_tokens: the library and the T of the handle."""
     library, shape, kinds, moved = check_x(engine, values, scales)
-    return Moved(library, Shape(DISPATCH, num_ranks, **shape, counts="cached"), kinds, **moved)
-
-
-def check_fits_handle(moved, values, handle):
-    """Tokens that a handle is not for."""
-    check_library(handle, moved.library)
-    if values.shape[0] != handle.known.num_tokens:
-        raise ValueError(f"x has {values.shape[0]} tokens; expected the {handle.known.num_tokens} that handle is for")
+    check_library(library, dispatched_with)
+    if values.shape[0] != num_tokens:
+        raise ValueError(f"x has {values.shape[0]} tokens; expected the {num_tokens} that handle is for")
+    return Moved(library, Shape(DISPATCH, num_ranks, **shape, counts="cached"), num_tokens, kinds, **moved)
 
 
 def biases_of(bias):
@@ -230,10 +203,12 @@ def biases_of(bias):
 
 
 def check_combine(engine, num_ranks, x, topk_weights, *rest):
-    """The arguments of a combine, likewise: (library, `Shape`).  rest: the biases, then N and T of the handle."""
-    *biases, num_rows, num_tokens = rest
+    """The arguments of a combine, likewise.  rest: the biases, then library, N and T of the handle."""
+    *biases, dispatched_with, num_rows, num_tokens = rest
     library = library_on(engine, x, "x")
     arrays.check(x, "x", library, ("bfloat16",), (num_rows, "H"))
+    arrays.check_aligned(x, "x", library)
+    check_library(library, dispatched_with)
     hidden = x.shape[1]
     check_hidden(hidden)
     num_topk = 0
@@ -243,8 +218,10 @@ def check_combine(engine, num_ranks, x, topk_weights, *rest):
         if num_topk < 1:
             raise ValueError("topk_weights has 0 weights a row; expected at least 1")
     for i, array in enumerate(biases):
-        arrays.check(array, f"bias[{i}]" if len(biases) > 1 else "bias", library, ("bfloat16",), (num_tokens, hidden))
-    return library, Shape(COMBINE, num_ranks, hidden, num_topk=num_topk, weighted=num_topk > 0)
+        argument = f"bias[{i}]" if len(biases) > 1 else "bias"
+        arrays.check(array, argument, library, ("bfloat16",), (num_tokens, hidden))
+        arrays.check_aligned(array, argument, library)
+    return Moved(library, Shape(COMBINE, num_ranks, hidden, num_topk=num_topk, weighted=num_topk > 0), num_tokens)
 
 
 def check_high_throughput_shape(num_max_tokens, hidden, num_ranks, num_topk, hidden_bytes, num_results):
@@ -263,9 +240,3 @@ def check_handle(handle, owner):
         raise TypeError(f"handle is {kind}; expected what dispatch returned as handle")
     if handle.owner != owner:
         raise ValueError("handle is of another Buffer; expected one that dispatch of this buffer returned")
-
-
-def check_library(handle, library):
-    """TypeError unless a handle's arrays are of this library."""
-    if handle.library is not library:
-        raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of {handle.library.name} arrays")

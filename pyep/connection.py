@@ -6,7 +6,7 @@ import weakref
 
 import numpy as np
 
-from . import layout
+from . import layout, layout_boxes
 from .channels import parting
 from .channels.bootstrap import Bootstrap, failure_of, telling_failure
 from .channels.memory import RECORD, VOID_OPERATION, VOID_REASON
@@ -78,7 +78,7 @@ class Connection:
         self.half_bytes = layout.half_capacity(self.nbytes, self.size)
         self._heap_at = layout.heap_offset(num_rdma_bytes, self.size)
         self.boxes = layout.align(self._heap_at + num_nvl_bytes)
-        *_, last = layout.boxes(self.boxes, layout.most_port_peers(self.nodes.of), self.half_bytes)
+        *_, last = layout_boxes.boxes(self.boxes, layout_boxes.most_port_peers(self.nodes.of), self.half_bytes)
         self._end = last.end
 
     @property
@@ -98,7 +98,7 @@ class Connection:
         for name in "peers", "ports":
             transport.write(control[name].offset, np.array(getattr(transport, name), np.int64))
         if self.nodes.count > 1:
-            table = layout.box_table(self.nodes.of, self.rank, self.boxes, self.half_bytes)
+            table = layout_boxes.box_table(self.nodes.of, self.rank, self.boxes, self.half_bytes)
             transport.write(control["boxes"].offset, np.array(table, np.int64).ravel())
         for name in "epoch", "consumed", "ht_epoch", "told":
             transport.write(control[name].offset, np.full(control[name].nbytes // layout.WORD, epoch, np.int64))

@@ -6,7 +6,7 @@ than the room, or it runs.
 
 The *results' room* is lent out in slabs, which come back by themselves once nothing refers to them any more.  As long as there is
 space, peers write the results of a dispatch into slabs of it: nothing is copied, and arrays live as long as arrays do, since each
-keeps its slab (`pyep.arrays.Memory.owner`).  Where there is none, they write into the operations' room, and what has come is copied
+keeps its slab (`pyep.arrays.Library.lent`).  Where there is none, they write into the operations' room, and what has come is copied
 out of it, into memory of the caller's library.
 
 Nothing here waits for a GPU.  As with any allocator that follows a stream, memory that comes back while a GPU still uses it is
@@ -25,9 +25,12 @@ from .layout import LINE, align, operations_room
 
 
 class Slab:
-    """Bytes `offset` to `offset + nbytes` of the symmetric memory; `memory` is what must live as long as they are in use."""
+    """Bytes `offset` to `offset + nbytes` of the symmetric memory, for one array (`pyep.arrays.Library.lent`), which keeps it.
 
-    __slots__ = "offset", "nbytes", "memory", "_captured", "_back"
+    memory: what must live as long as they are in use.
+    """
+
+    __slots__ = "offset", "nbytes", "memory", "_captured", "_back", "__array_interface__", "__cuda_array_interface__"
 
     def __init__(self, offset, nbytes, memory, captured, back):
         self.offset, self.nbytes, self.memory, self._captured, self._back = offset, nbytes, memory, captured, back
@@ -91,6 +94,16 @@ class Heap:
         if begin is None:
             begin = self._free.take(size)
         return None if begin is None else Slab(begin, size, self._memory, self.capturing, self._back)
+
+    def lend_all(self, sizes):
+        """A slab for each of these sizes; None, and none is lent, if there is no space for all."""
+        slabs = []
+        for nbytes in sizes:
+            slab = self.lend(nbytes)
+            if slab is None:
+                return None
+            slabs.append(slab)
+        return slabs
 
     def let_go(self):
         """Of the memory, which lives on as long as slabs do."""

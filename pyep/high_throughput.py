@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     rows: layout.Rows
     fingerprint: int
     most_rows: int                      # that it can store
+    num_sms: int                        # that it may take
 
 
 def constants(num_ranks):

@@ -1,4 +1,5 @@
-"""What a high-throughput dispatch leaves: its results, where they lie while it runs and after it; the handle; the layout as known."""
+"""What a high-throughput dispatch leaves: its results, and where they lie while it runs and after it; the layout; the handle."""
+import math
 from typing import NamedTuple
 
 from .kernels.intranode_notify import COUNTS, MOST_RECEIVED, MOST_SENT, RECEIVED, SENT
@@ -8,9 +9,13 @@ class Kind(NamedTuple):
     """The array that a section becomes."""
 
     index: int                          # of the section in `layout.Rows`
-    nbytes: int                         # of a row
     dtype: object                       # the library's
-    by_rows: bool = True                # [N, ..], else [N]
+    row: tuple                          # the shape of a row: (H,), (S,), (K,) or ()
+    nbytes: int                         # of a row
+
+
+def kind_of(index, dtype, *row):
+    return Kind(index, dtype, row, dtype.itemsize * math.prod(row))
 
 
 class Received:
@@ -20,18 +25,12 @@ class Received:
     addresses: by section, for the kernel; what does not travel has a place all the same.
     """
 
-    __slots__ = "_kinds", "_num_rows", "_base", "_slabs", "_starts", "addresses", "copied"
+    __slots__ = "_kinds", "_num_rows", "_slabs", "addresses"
 
     def __init__(self, base, heap, rows, kinds, num_rows):
         """base: the address of the symmetric memory.  rows, kinds: see `Plan` and `Moved`."""
-        self._kinds, self._num_rows, self._base, self.copied = kinds, num_rows, base, False
-        self._slabs = []
-        for kind in kinds if num_rows else ():
-            slab = heap.lend(kind.nbytes * num_rows)
-            if slab is None:
-                self._slabs, self.copied = [], True
-                break
-            self._slabs.append(slab)
+        self._kinds, self._num_rows = kinds, num_rows
+        self._slabs = heap.lend_all([kind.nbytes * num_rows for kind in kinds]) if num_rows else None
         if self._slabs:
             self.addresses = [base + self._slabs[0].offset] * len(rows)
             for kind, slab in zip(kinds, self._slabs):
@@ -39,35 +38,37 @@ class Received:
         else:
             self.addresses = rows.starts(num_rows, base + heap.offset)[:-1]
 
+    @property
+    def copied_bytes(self):
+        """How many bytes are copied out of the operations' room, 0 if peers write where the results stay."""
+        return 0 if self._slabs else sum(kind.nbytes for kind in self._kinds) * self._num_rows
+
     def arrays(self, library, engine, stream):
-        """By section, the arrays; None where nothing moves.  Where they lie, or copied on the stream, behind the dispatch.  Also
-        how many bytes were copied."""
-        arrays, n, copied = [None] * len(self.addresses), self._num_rows, 0
+        """By section, the arrays; None where nothing moves.  Where they lie, or copied on the stream, behind the dispatch."""
+        arrays, n = [None] * len(self.addresses), self._num_rows
         with library.plainly():
-            for i, kind in enumerate(self._kinds):
-                address = self.addresses[kind.index]
+            for i, (index, dtype, row, nbytes) in enumerate(self._kinds):
                 if self._slabs:
-                    array = library.lent(address, "uint8", (n, kind.nbytes), self._slabs[i])
+                    array = library.lent(self.addresses[index], dtype, (n, *row), self._slabs[i])
                 else:
-                    array = library.empty((n, kind.nbytes), "uint8")
+                    array = library.empty((n, nbytes), "uint8")
                     if n:
-                        engine.copy(library.pointer(array), address, n * kind.nbytes, stream)
-                        copied += n * kind.nbytes
-                array = array.view(kind.dtype)
-                arrays[kind.index] = array if kind.by_rows else array.reshape(n)
-        return arrays, copied
+                        engine.copy(library.pointer(array), self.addresses[index], n * nbytes, stream)
+                    array = array.view(dtype).reshape((n, *row))
+                arrays[index] = array
+        return arrays
 
 
 class Words:
     """rank_prefix_matrix and send_rows, which lie one after another: [R + T, R] int32.  They have addresses, for kernels, and later
     become arrays."""
 
-    __slots__ = "addresses", "_shape", "_slab", "_array"
+    __slots__ = "addresses", "_shape", "_slab", "_array", "_arrays"
 
     def __init__(self, base, heap, library, num_ranks, num_tokens):
         """In the results' room, or where that has no space in memory of the library."""
         self._shape = num_ranks + num_tokens, num_ranks
-        self._slab, self._array = heap.lend(4 * num_ranks * (num_ranks + num_tokens)), None
+        self._slab, self._array, self._arrays = heap.lend(4 * num_ranks * (num_ranks + num_tokens)), None, None
         if self._slab is None:
             self._array = library.empty(self._shape, "int32")
         address = library.pointer(self._array) if self._slab is None else base + self._slab.offset
@@ -79,12 +80,14 @@ class Words:
         return self._slab is None
 
     def arrays(self, library):
-        """(rank_prefix_matrix [R, R], send_rows [T, R])."""
-        if self._array is None:
-            self._array = library.lent(self.addresses[0], "int32", self._shape, self._slab)
-        num_ranks = self._shape[1]
-        with library.plainly():
-            return self._array[:num_ranks], self._array[num_ranks:]
+        """(rank_prefix_matrix [R, R], send_rows [T, R]), made when they are asked for first."""
+        if self._arrays is None:
+            num_ranks = self._shape[1]
+            with library.plainly():
+                if self._array is None:
+                    self._array = library.lent(self.addresses[0], library.dtype_of("int32"), self._shape, self._slab)
+                self._arrays = self._array[:num_ranks], self._array[num_ranks:]
+        return self._arrays
 
 
 class Known(NamedTuple):
@@ -113,8 +116,7 @@ class HighThroughputHandle(tuple):
     -1 where the token does not go there.
     """
 
-    def __new__(cls, owner, known, library, words, recv_src_idx, is_token_in_rank):
-        rank_prefix, send_rows = words.arrays(library)
+    def __new__(cls, owner, known, library, rank_prefix, send_rows, recv_src_idx, is_token_in_rank):
         self = super().__new__(cls, (rank_prefix, recv_src_idx, is_token_in_rank, send_rows))
         self.owner, self.known, self.library = owner, known, library
         return self

@@ -73,7 +73,7 @@ class Region(NamedTuple):
         return self.name + "".join(f"[{name} {i}]" for name, i in zip(self.index, self.find(offset)))
 
 
-def _stack(start, *regions):
+def stack(start, *regions):
     """Regions one after another from `start`, each on a line of its own; given as (name, index, dims, item, writer)."""
     placed = []
     for name, index, dims, item, writer in regions:
@@ -115,7 +115,7 @@ def control(num_ranks):
     flags       what is put to `consumed` of that rank behind a box, and once more the first word alone: staged here
     """
     words, ht_words = 1 + MAX_LOCAL_EXPERTS, align(2 + num_ranks + MAX_LOCAL_EXPERTS, LINE // WORD)
-    return {r.name: r for r in _stack(
+    return {r.name: r for r in stack(
         0,
         ("status", (), (), WORD, "host"),
         ("peers", ("rank",), (num_ranks,), WORD, "host"),
@@ -199,7 +199,7 @@ class LowLatency(NamedTuple):
                 that or one less, see `pyep.kernels.low_latency_escapes`
         """
         words = WORD * self.num_topk
-        _, listed, rows = _stack(0,
+        _, listed, rows = stack(0,
                                  ("words", (), (), 2 * words, "source"),
                                  ("listed", (), (), WORD, "this rank"),
                                  ("rows", (), (), self.wire_bytes, "source"))
@@ -229,8 +229,8 @@ class LowLatency(NamedTuple):
         """What a half holds in a combine, written by the experts' rank: the output of the expert that (token, k) selected, or
         if the experts' rank reduces first, its sum for the token."""
         if self.reduced:
-            return _stack(half, ("partials", ("token", "rank"), (self.max_tokens, self.num_ranks), self.row_bytes, "rank"))
-        return _stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
+            return stack(half, ("partials", ("token", "rank"), (self.max_tokens, self.num_ranks), self.row_bytes, "rank"))
+        return stack(half, ("outputs", ("token", "k"), (self.max_tokens, self.num_topk), self.row_bytes, "expert's rank"))
 
     @property
     def local_groups(self):
@@ -248,7 +248,7 @@ class LowLatency(NamedTuple):
         num_tokens: that the source has, M if None; packets begin behind the words of so many.
         """
         tokens, words = self.max_tokens if num_tokens is None else num_tokens, 2 * WORD * self.num_topk
-        header, = _stack(box, ("header", ("entry",), (2 + self.local_groups,), WORD, "source"))
+        header, = stack(box, ("header", ("entry",), (2 + self.local_groups,), WORD, "source"))
         routes, places, *_ = self._of_each(align(header.end), ("token",), (tokens,), words, self.slot())
         packet_bytes = PACKET_HEADER + self.wire_bytes
         packets = Region("packets", routes.offset + tokens * words, ("packet",), (tokens,), packet_bytes, "source")
@@ -258,7 +258,7 @@ class LowLatency(NamedTuple):
         """What a box holds in a combine: as in a dispatch, but there are no counts, routes and places, and a packet holds a
         partial or an output, and the second word of its header is not used."""
         packets = self.max_tokens * (1 if self.reduced else self.num_topk)
-        return _stack(box,
+        return stack(box,
                       ("header", ("entry",), (2,), WORD, "expert's rank"),
                       ("packets", ("packet",), (packets,), PACKET_HEADER + self.row_bytes, "expert's rank"))
 
@@ -341,45 +341,6 @@ def heap_offset(num_rdma_bytes, num_ranks):
 def half_capacity(nbytes, num_ranks):
     """Bytes of each half in a symmetric memory of `nbytes`."""
     return max(0, (nbytes - control_bytes(num_ranks)) // 2) // LINE * LINE
-
-
-def box_bytes(half_bytes):
-    """Bytes of a box that is large enough for every shape that fits halves of so many, whatever the number of ranks.
-
-    A packet's header is as long as a row of 16 bytes, but a slot has more than that beside its row.  In a combine it adds at most
-    half to rows of 32 bytes or more, and outputs of 16 bytes are less than half of the slots.
-    """
-    return align(3 * half_bytes // 2 + WORD * (3 + MAX_LOCAL_EXPERTS) + 4 * LINE)
-
-
-def boxes(start, peers, half_bytes):
-    """The boxes of a rank that has so many port peers, from byte `start` on."""
-    item = box_bytes(half_bytes)
-    return _stack(start,
-                  ("outbox", ("parity", "peer"), (2, peers), item, "this rank"),
-                  ("inbox", ("parity", "peer"), (2, peers), item, "peer"))
-
-
-def most_port_peers(node_of):
-    """The most ranks of other nodes that any rank has; node_of: [R] the node of each rank."""
-    return max(sum(node != mine for node in node_of) for mine in node_of)
-
-
-def box_table(node_of, me, start, half_bytes):
-    """The words of `boxes` in the control memory of rank `me`: a list [2][R][4], zeros for ranks of its own node."""
-    peers = most_port_peers(node_of)
-    outbox, inbox = boxes(start, peers, half_bytes)
-
-    def offset(region, parity, rank, other):
-        """Of the box in the memory of `rank` that is for or from `other`."""
-        before = sum(node != node_of[rank] for node in node_of[:other])
-        return region.offset + (parity * peers + before) * region.item
-
-    def entry(parity, other):
-        if node_of[other] == node_of[me]:
-            return [0] * 4
-        return [offset(outbox, parity, me, other), offset(inbox, parity, me, other), offset(inbox, parity, other, me), 0]
-    return [[entry(parity, other) for other in range(len(node_of))] for parity in (0, 1)]
 
 
 def low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts, num_topk=None):

@@ -153,4 +153,5 @@ def require_shape(handle, num_max_dispatch_tokens_per_rank, hidden, num_experts)
     """ValueError unless a low-latency dispatch was of this shape."""
     given, expected = (num_max_dispatch_tokens_per_rank, hidden, num_experts), tuple(handle[2:])
     if given != expected:
-        raise ValueError(f"(num_max_dispatch_tokens_per_rank, hidden, num_experts) is {given}; expected {expected}, as in the dispatch")
+        raise ValueError(f"(num_max_dispatch_tokens_per_rank, hidden, num_experts) is {given}; expected {expected}, as in the "
+                         "dispatch")

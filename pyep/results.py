@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from . import layout
 
+MOST_SIZES = 64                         # for how many M the arrays are kept in mind
+
 
 class _Five(NamedTuple):
     recv_x: object                      # [L, R*M, H] bf16 or the pair (e4m3, scales); rank-major: [R, M, H]
@@ -23,10 +25,10 @@ class LowLatencyDispatched(_Five):
 class LowLatencyHandle(tuple):
     """(src_info, layout_range, M, H, E) as in DeepEP, with what combine needs besides as attributes."""
 
-    def __new__(cls, owner, number, received, addresses, shape, num_tokens):
-        self = super().__new__(cls, (received.src_info, received.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
+    def __new__(cls, owner, number, received, addresses, library, shape, num_tokens):
+        self = tuple.__new__(cls, (received.src_info, received.layout_range, shape.max_tokens, shape.hidden, shape.num_experts))
         self.owner, self.number, self.received, self.addresses = owner, number, received, addresses
-        self.shape, self.num_tokens = shape, num_tokens
+        self.library, self.shape, self.num_tokens = library, shape, num_tokens
         return self
 
 
@@ -57,8 +59,8 @@ class Results:
         """ports: 0 if there are no port peers."""
         self.dispatches = 0
         self._library, self._ports = library, ports
-        self._max_tokens, self._sets, self._selected, self._turns = 0, [], [], []
-        self._views = {}                                         # by M: the turns
+        self._max_tokens, self._sets, self._selected = 0, [], []
+        self._turns = {}                                         # by M: see `next`
         self._combine_input = None                               # what `combine_input` returns the beginning of
         self._captured, self._kept = False, []                   # graphs were captured; arrays that they use
 
@@ -72,16 +74,15 @@ class Results:
         specs = _arrays(shape, self._ports)
         self._sets = [[spec and self._allocate(*spec) for spec in specs] for _ in range(2)]
         self._selected = [self._allocate(*_selected(shape)) for _ in range(3)]
-        self._max_tokens, self._views = shape.max_tokens, {}
-        self._turns = self._turns_for(shape)
+        self._max_tokens, self._turns = shape.max_tokens, {}
 
     def next(self, shape):
         """The arrays for the next dispatch, and their addresses, 0 for None."""
-        turns = self._views.get(shape.max_tokens)
+        turns = self._turns.get(shape.max_tokens)
         if turns is None:
-            if len(self._views) >= MOST_VIEWS:
-                self._views.clear()
-            turns = self._views[shape.max_tokens] = self._turns_for(shape)
+            if len(self._turns) >= MOST_SIZES:
+                self._turns.clear()
+            turns = self._turns[shape.max_tokens] = self._turns_for(shape)
         turn, library = self.dispatches % 6, self._library
         received, addresses = turns[turn]
         if library.has_history(received.recv_x, received.scales, received.weight_of):
@@ -97,8 +98,8 @@ class Results:
             if not make:
                 return None
             if self._library.is_capturing():
-                raise RuntimeError("the first get_next_low_latency_combine_buffer of a shape makes memory that outlives a graph: call "
-                                   "it once before capturing")
+                raise RuntimeError("the first get_next_low_latency_combine_buffer of a shape makes memory that outlives a graph: "
+                                   "call it once before capturing")
             self._keep(self._combine_input)
             self._combine_input = self._allocate(dims, "bfloat16")
         with self._library.lasting():
@@ -133,9 +134,6 @@ class Results:
             if value is not None:
                 array[...] = value
         return array
-
-
-MOST_VIEWS = 64                         # of how many M the arrays are kept in mind
 
 
 def _begin_of(array, dims):

@@ -1,5 +1,5 @@
 """On which stream an operation runs, and what it waits for there."""
-from .events import moments
+from .events import EventOverlap, moments
 
 
 class Streams:
@@ -44,9 +44,14 @@ class Streams:
             from .kernels import cuda
             cuda.stream_wait(stream, current)
 
-    def record(self):
-        """An event behind the latest operation on `comm`; None on the CPU engine, where it is done."""
-        if self.comm is None:
-            return None
-        from .kernels import cuda
-        return cuda.record(self.comm)
+    def event(self, library, current, keep, async_finish, previous_event, check):
+        """The `EventOverlap` of the operation that was launched last.  current: the caller's stream, of `library`.  keep: what the
+        operation reads and writes.  check: raises what went wrong in it."""
+        if async_finish and self.comm is not None:
+            from .kernels import cuda
+            event = EventOverlap(cuda.record(self.comm), keep, library, current, check)
+        else:                                                    # nothing to record: it is done, or on the caller's stream
+            event = EventOverlap(None, None, library, current, check)
+        if previous_event is not None:
+            event.moment = previous_event.moment                 # it does not cover what the caller's stream has done since
+        return event

@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 import torch
 
-from .arrays import Library
+from .arrays import ALIGNED, AS_IT_IS, Library
 
 PLAIN_KINDS = torch.Tensor, torch.nn.Parameter
 
@@ -21,6 +21,8 @@ _gpu, _raw_stream = getattr(torch._C, "_cuda_getDevice", None), getattr(torch._C
 
 
 class Torch(Library):
+    """PyTorch's tensors on the CPU or on GPUs."""
+
     dtype = staticmethod(lambda array: str(array.dtype).removeprefix("torch."))
     is_contiguous = staticmethod(torch.Tensor.is_contiguous)
 
@@ -39,21 +41,19 @@ class Torch(Library):
         return array.device.index or 0
 
     def empty(self, shape, dtype):
-        if in_a_mode():
-            with outside_of_modes():
-                return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
+        with self.plainly():
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
 
     @staticmethod
-    def signature_of(kind):
-        return signature if kind in PLAIN_KINDS else careful_signature
+    def look_of(kind):
+        return look if kind in PLAIN_KINDS else careful_look
 
     @staticmethod
     def obstacle(array):
         return obstacle(array)
 
     def plainly(self):
-        return outside_of_modes() if in_a_mode() else super().plainly()
+        return outside_of_modes() if in_a_mode() else AS_IT_IS
 
     def lasting(self):
         return belonging_to_no_mode()
@@ -78,14 +78,8 @@ class Torch(Library):
     def is_capturing(self):
         return self.engine == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def lent(self, address, dtype, shape, owner):
-        if in_a_mode():
-            with outside_of_modes():
-                return super().lent(address, dtype, shape, owner)
-        return super().lent(address, dtype, shape, owner)
-
     def of_memory(self, memory):
-        return torch.as_tensor(memory, device="cuda") if self.engine == "cuda" else torch.from_numpy(np.asarray(memory))
+        return torch.as_tensor(memory, device=self._device) if self.engine == "cuda" else torch.from_numpy(np.asarray(memory))
 
     def dtype_of(self, name):
         return getattr(torch, name)
@@ -96,28 +90,30 @@ class Torch(Library):
 
 # ---- which tensors kernels can use -------------------------------------------------------------------------------------
 
-def signature(array):
-    """All of a tensor that checks look at; what `obstacle` finds has another signature than what kernels can use.
+def look(array):
+    """(signature, address) of a tensor; what `obstacle` finds has another signature than what kernels can use.
 
     Under a `TorchFunctionMode`, as `torch.set_default_device` makes one, a look at an attribute takes microseconds: not here.
     """
     if _function_modes():
-        return careful_signature(array)
+        return careful_look(array)
     try:
-        return (type(array), array.shape, array.dtype, array.is_contiguous(), array.get_device(), array.data_ptr() != 0,
-                array.is_neg())
+        address = array.data_ptr()
+        return (type(array), array.shape, array.dtype, array.is_contiguous() or array.stride(), array.get_device(), array.is_neg(),
+                address % ALIGNED if address else None), address
     except Exception:                                            # a tensor without these: the checks will say what it is
-        return type(array), object()
+        return (type(array), object()), 0
 
 
-def careful_signature(array):
+def careful_look(array):
     """The same of a subclass, which may handle attributes itself, or have no address that may be asked for."""
     try:
         with torch._C.DisableTorchFunction():
-            return (type(array), array.shape, array.dtype, array.is_contiguous(), array.get_device(), has_memory(array),
-                    array.is_neg())
+            address = array.data_ptr() if has_memory(array) else 0
+            return (type(array), array.shape, array.dtype, array.is_contiguous() or array.stride(), array.get_device(),
+                    array.is_neg(), address % ALIGNED if address else None), address
     except Exception:
-        return type(array), object()
+        return (type(array), object()), 0
 
 
 def obstacle(array):

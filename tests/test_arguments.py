@@ -234,6 +234,8 @@ COMBINE = {
                                  "topk_weights", "[15]", "[5, 3]"),
     "out float32": (lambda a: dict(out=zeros(T, H, dtype="float32")), TypeError, "out", "float32", "bfloat16"),
     "out of another shape": (lambda a: dict(out=zeros(M, H)), ValueError, "out", "[8, 64]", "[5, 64]"),
+    "x not aligned": (lambda a: dict(x=zeros(E * M * H + 1)[1:].reshape(E, M, H)), ValueError, "x", "address", "16 bytes"),
+    "out not aligned": (lambda a: dict(out=zeros(T * H + 1)[1:].reshape(T, H)), ValueError, "out", "address", "16 bytes"),
     "zero_copy of no array": (lambda a: dict(zero_copy=True), ValueError, "zero_copy=True", "get_next_low_latency_combine_buffer"),
     "use_logfmt": (lambda a: dict(use_logfmt=True), NotImplementedError, "use_logfmt=True", "use_logfmt=False"),
     "costs int32": (lambda a: dict(combine_wait_recv_cost_stats=zeros(1, dtype="int32")), TypeError,

@@ -21,6 +21,7 @@ APART = {"rows apart": lambda rng, t, n, dtype: bytes_of(rng, (t, 3 * n), dtype)
          "every second": lambda rng, t, n, dtype: bytes_of(rng, (2 * t, n), dtype)[::2]}
 ANY = CONTIGUOUS | APART | {"by column": lambda rng, t, n, dtype: bytes_of(rng, (n, t), dtype).T,
                             "every third": lambda rng, t, n, dtype: bytes_of(rng, (t, 3 * n), dtype)[:, ::3],
+                            "from an odd byte": lambda rng, t, n, dtype: bytes_of(rng, (t * n + 1,), dtype)[1:].reshape(t, n),
                             "shifted": lambda rng, t, n, dtype: bytes_of(rng, (t, n + 1), dtype)[:, 1:],
                             "the same for all": lambda rng, t, n, dtype: np.broadcast_to(bytes_of(rng, (1, n), dtype), (t, n))}
 ONE_BYTE = ("uint8", "int8") if on_gpu() else ("uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")     # CuPy
@@ -35,6 +36,7 @@ STRIDES = [("uint8", 64, how, (dtype, 4, lie)) for how, dtype, lie in (
     ("rows", "float16", "shifted"), ("rows", "int32", "the same for all"), ("rows", "uint8", "rows apart"))]
 NUMBERS = [("uint8", 16, "rows", (dtype, count, "rows")) for dtype, count in (
     ("float32", 1), ("float32", 0), ("int32", 37), ("uint8", 0), ("uint8", 3), ("uint8", 28), ("bfloat16", 5))]
+NUMBERS.insert(6, ("uint8", 16, "rows", ("uint8", 28, "from an odd byte")))      # not in words, as the ones before it are
 NARROW = [("uint8", 112, "rows", ("uint8", 7, "every third"))]   # MXFP8-like: a scale for every 16
 
 
@@ -98,7 +100,7 @@ def move_wide(comm, kinds):
 @pytest.mark.skipif(on_gpu(), reason="shapes of the CPU engine")
 def test_rows_and_scales_by_many_lanes():
     """A lane an item, in several turns; items of 1, 2 and 4 bytes."""
-    ranks.run(2, move_wide, [NUMBERS[2], NUMBERS[4], NUMBERS[5], NUMBERS[6], STRIDES[0]])
+    ranks.run(2, move_wide, [NUMBERS[2], NUMBERS[4], NUMBERS[5], NUMBERS[7], STRIDES[0]])
 
 
 def torch_types(comm):

@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_layout import PUBLISHED, check_in_order, shapes
 
-from pyep.layout import (LINE, MAX_LOCAL_EXPERTS, PACKET_HEADER, WORD, LowLatency, box_bytes, box_table, boxes, half_capacity,
-                         most_port_peers)
+from pyep.layout import LINE, MAX_LOCAL_EXPERTS, PACKET_HEADER, WORD, LowLatency, half_capacity
+from pyep.layout_boxes import box_bytes, box_table, boxes, most_port_peers
 from pyep.low_latency import box_constants
 
 SHAPES = shapes().filter(lambda shape: shape.num_ranks > 1)      # one rank has no peers

@@ -1,5 +1,6 @@
 """What PyTorch's programs bring: tensors with memory and without, modes that a call is made in, autograd, torch.compile."""
 import contextlib
+import functools
 import threading
 import warnings
 
@@ -73,11 +74,22 @@ def test_without_memory(kind, shape):
     plain = torch.ones(shape)
     make, words = WITHOUT_MEMORY[kind]
     bad = make(plain)
-    assert arrays.signature(bad) != arrays.signature(plain)      # else it would pass where a plain one has
+    assert arrays.look((bad,))[0] != arrays.look((plain,))[0]      # else it would pass where a plain one has
     with torch.device("cpu"):
-        assert arrays.signature(make(plain)) != arrays.signature(plain)
+        assert arrays.look((make(plain),))[0] != arrays.look((plain,))[0]
     with pytest.raises(TypeError, match=f"^topk_idx is .*{words}"):
         arrays.library_of(bad, "topk_idx")
+
+
+@pytest.mark.parametrize("mode", (contextlib.nullcontext, functools.partial(torch.device, "cpu")), ids=("no mode", "a mode"))
+def test_what_a_look_sees(mode):
+    """How a tensor lies in memory, and how it is aligned there; but not where."""
+    whole = torch.zeros(64)
+    with mode():
+        first, same, shifted, by_column = [arrays.look((tensor,)) for tensor in (
+            whole[:16].view(4, 4), whole[16:32].view(4, 4), whole[1:17].view(4, 4), whole[:16].view(4, 4).t())]
+    assert first[0] == same[0] != shifted[0] != by_column[0] != first[0]
+    assert [*first[1], *same[1], *shifted[1]] == [whole.data_ptr() + offset for offset in (0, 64, 4)]
 
 
 def test_dtensor():

@@ -3,7 +3,7 @@ import collections
 import platform
 from typing import NamedTuple
 
-from .. import layout
+from .. import layout, layout_boxes
 from ..channels import infiniband, mscclpp_package, parting
 from ..channels.boards import open_board
 from ..channels.bootstrap import Bootstrap
@@ -121,7 +121,7 @@ def memory(nodes):
     experts -= experts % len(nodes.of)
     ranks = len(nodes.of)
     nbytes = layout.low_latency_size_hint(tokens, hidden, ranks, experts, topk)
-    *_, last = layout.boxes(nbytes, layout.most_port_peers(nodes.of), layout.half_capacity(nbytes, ranks))
+    *_, last = layout_boxes.boxes(nbytes, layout_boxes.most_port_peers(nodes.of), layout.half_capacity(nbytes, ranks))
     between = f", and {(last.end - nbytes) / 2**20:.0f} MiB for what travels between nodes" if nodes.count > 1 else ""
     return Finding("low latency", f"{nbytes / 2**20:.0f} MiB for {tokens} tokens a rank, hidden {hidden}, top-{topk} of {experts} "
                    f"experts: num_rdma_bytes={nbytes}{between}")
