@@ -203,17 +203,18 @@ class LowLatencyOperations:
         uses, and meet."""
         connection, shape = self._connection, call.shape
         compiled = widest(connection.engine, shape)
-        plan = self._plans.get((compiled, call.index_bytes))
-        known = compiled in {s for s, _ in self._plans}          # else with the other integer type: only this rank may need it
+        known = [index_bytes for s, index_bytes in self._plans if s == compiled]
+        index_bytes = call.index_bytes or known[0]               # a combine that takes no topk_idx: those of its dispatch
+        plan = self._plans.get((compiled, index_bytes))          # None though known: only this rank may need the other integers
         if plan is None or shape.half_bytes > self._ready_bytes:
             self._check_fits(shape)
             self._refuse_capture(call, "compiles kernels, or needs more of the buffer than any before")
         if plan is None:
-            plan = make_plan(connection.engine, shape, call.index_bytes, connection.rank, self._ports())
+            plan = make_plan(connection.engine, shape, index_bytes, connection.rank, self._ports())
         if not known or shape.half_bytes > self._ready_bytes:
             self._make_ready(shape.half_bytes)
             connection.meet(f"first use of {shape}", fingerprint(shape) + shape.max_tokens)
-        self._plans[compiled, call.index_bytes] = plan
+        self._plans[compiled, index_bytes] = plan
         return plan
 
     def _results_of(self, library, shape):

@@ -10,7 +10,7 @@ class Call:
     __slots__ = "shape", "library", "index_bytes", "kernels", "results"
 
     def __init__(self, library, shape, index_bytes):
-        """shape: a `layout.LowLatency`.  index_bytes: of an entry of topk_idx."""
+        """shape: a `layout.LowLatency`.  index_bytes: of an entry of topk_idx; 0 without it."""
         self.library, self.shape, self.index_bytes = library, shape, index_bytes
         self.kernels = self.results = None
 

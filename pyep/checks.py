@@ -87,13 +87,14 @@ def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, o
 
 
 def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, src_info, shape, num_tokens):
-    """All of a combine's arguments but for values and addresses; `src_info`, `shape` and `num_tokens` are the handle's."""
+    """All of a combine's arguments but for values and addresses; `src_info`, `shape` and `num_tokens` are the handle's.  Likewise,
+    but 0 bytes if it takes no topk_idx."""
     library = library_on(engine, x, "x")
     if arrays.library_of(src_info, "handle") is not library:
         raise TypeError(f"x is a {library.name} array, but handle is of a dispatch of "
                         f"{arrays.library_of(src_info, 'handle').name} arrays")
     arrays.check(x, "x", library, ("bfloat16",), (*recv_shape(shape), shape.hidden))
-    index_bytes = 8
+    index_bytes = 0
     if not shape.reduced:
         arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (num_tokens, shape.num_topk))
         arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, shape.num_topk))
