@@ -39,6 +39,10 @@ def constant(out):
     st8(out + 8, helper(1000))
 
 
+def through_helper(out):
+    st8(out, helper(1000))
+
+
 def constant_of(value):
     """(what the kernel wrote, how often it was found on disk) with VALUE = value, as in a process that has not made it yet."""
     cpu.COMPILED.clear()
@@ -130,7 +134,8 @@ def test_cache_keys():
     def key(fn=constant, machine=Cpu(1, 1), **constants):
         return cache.key(fn, machine, constants)
     assert key(VALUE=1, OTHER=2) == key(OTHER=2, VALUE=1)
-    keys = [key(), key(who), key(machine=Cpu(8, 4)), key(machine=Cpu(8, 8)), key(VALUE=1), key(VALUE=2)]
+    keys = [key(), key(who), key(machine=Cpu(8, 4)), key(machine=Cpu(8, 8)), key(VALUE=1), key(VALUE=2),
+            key(through_helper, VALUE=1), key(through_helper, VALUE=2)]
     assert len(set(keys)) == len(keys)
     assert key(OTHER=1) == key()                                 # what a function does not name cannot change it
     assert all(k.isidentifier() for k in keys)
