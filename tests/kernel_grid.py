@@ -1,7 +1,7 @@
-"""Every kernel of a grid of shapes, modes and engines; in a run by hand all of them are compiled, or some:
+"""Every kernel of a grid of shapes, modes and engines, to be compiled.  By hand:
 
     PYTHONPATH=.:tests python -m kernel_grid                             # how many there are: days of one core
-    PYTHONPATH=.:tests python -m kernel_grid --kernels 0:2000            # the first ones, on all cores; then 2000:4000, ..
+    PYTHONPATH=.:tests python -m kernel_grid --kernels 0:2000            # compile the first ones, on all cores; then 2000:4000, ..
 
 The grid has each mode with each top-k, each number of ranks and each engine.  What else there is to a shape is drawn for each of
 these, by a seed; another seed draws others.  Kernels are in an order that is random and always the same, so any part is a sample of
@@ -110,7 +110,7 @@ def engines(gpu=False):
 def main():
     parser = argparse.ArgumentParser(prog="kernel_grid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kernels", help='which ones, as "0:2000"; without it none is compiled')
+    parser.add_argument("--kernels", help='which ones to compile, as "0:2000", or all as "0:"')
     parser.add_argument("--gpu", action="store_true", help="also those of GPUs, for which none is needed")
     parser.add_argument("--processes", type=int, help="as many as there are cores, if not given")
     given = parser.parse_args()
@@ -118,8 +118,8 @@ def main():
     if not given.kernels:
         print(f"{len(jobs)} kernels")
         return
-    first, last = map(int, given.kernels.split(":"))
-    chosen, begin, count = jobs[first:last], time.monotonic(), itertools.count(1)
+    first, last = given.kernels.split(":")
+    chosen, begin, count = jobs[int(first):int(last or len(jobs))], time.monotonic(), itertools.count(1)
 
     def note(job, error):
         n = next(count)
