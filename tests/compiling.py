@@ -17,7 +17,7 @@ from pyep.kernels import cpu
 from pyep.kernels.op import CUDA
 
 LIMIT = 600                                     # seconds for one kernel: then the compiler is taken to hang
-KERNELS = 100                                   # of one process: all that it has compiled stays in its memory
+KERNELS = 30                                    # of one process: all that it has compiled stays in its memory, up to a GB
 
 
 class Job(NamedTuple):
