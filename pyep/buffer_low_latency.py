@@ -189,8 +189,9 @@ class LowLatencyOperations:
         uses, and meet."""
         connection, (_, shape, _, index_bytes) = self._connection, call.checked
         compiled = widest(connection.engine, shape)
-        plan = self._plans.get((compiled, index_bytes))
-        known = compiled in {s for s, _ in self._plans}          # else with the other integer type: only this rank may need it
+        known = [nbytes for s, nbytes in self._plans if s == compiled]
+        index_bytes = index_bytes or known[0]                    # a combine that takes no topk_idx: those of its dispatch
+        plan = self._plans.get((compiled, index_bytes))          # None though known: only this rank may need the other integers
         if plan is None or shape.half_bytes > self._ready_bytes:
             self._check_fits(shape)
             self._refuse_capture(call, "compiles kernels, or needs more of the buffer than any before")

@@ -69,7 +69,7 @@ class LowLatencyCall(NamedTuple):
     library: arrays.Library
     shape: layout.LowLatency
     num_tokens: int                     # T
-    index_bytes: int                    # of an entry of topk_idx
+    index_bytes: int                    # of an entry of topk_idx; 0 without it
 
 
 def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, out, max_tokens, num_experts, use_fp8, round_scale,
@@ -99,13 +99,14 @@ def check_dispatch(engine, num_ranks, x, topk_idx, topk_weights, stats, waits, o
 
 
 def check_combine(engine, num_ranks, x, topk_idx, topk_weights, waits, out, dispatched_with, shape, num_tokens, zero_copy):
-    """All of a combine's arguments but for values and addresses, likewise.  dispatched_with, shape, num_tokens: of the handle."""
+    """All of a combine's arguments but for values and addresses, likewise; no bytes of an entry where it takes no topk_idx.
+    dispatched_with, shape, num_tokens: of the handle."""
     library = library_on(engine, x, "x")
     check_library(library, dispatched_with)
     arrays.check(x, "x", library, ("bfloat16",), (*recv_shape(shape), shape.hidden))
     if not zero_copy:
         arrays.check_aligned(x, "x", library)
-    index_bytes = 8
+    index_bytes = 0
     if not shape.reduced:
         arrays.check(topk_idx, "topk_idx", library, ("int64", "int32"), (num_tokens, shape.num_topk))
         arrays.check(topk_weights, "topk_weights", library, ("float32",), (num_tokens, shape.num_topk))

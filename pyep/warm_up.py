@@ -9,7 +9,8 @@ from . import arrays, layout
 
 def warm_up(self, low_latency=(), high_throughput=(), *, like=None, progress=True):
     """Compile all kernels of these calls, on all ranks at once, and make ready what else their first use takes.  Collective; not in
-    a graph's capture, and not while a hook waits to be called.
+    a graph's capture, and not while a hook waits to be called.  docs/settings.md lists the arguments that compile, under "What
+    compiles kernels".
 
     low_latency: a dict for each kind of dispatch, with the arguments of `low_latency_dispatch` by name, but instead of arrays
         hidden: H; num_topk: K; index_dtype: of topk_idx, "int64" (or "int32"); weighted: whether topk_weights are given (False).

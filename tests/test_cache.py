@@ -4,12 +4,15 @@ import errno
 import gc
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import types
 import weakref
 
+import numba
 import pytest
 from test_lang import memory, who
 
@@ -34,6 +37,10 @@ def constant(out):
     """VALUE as the kernel sees it and as its helper does."""
     st8(out, VALUE)
     st8(out + 8, helper(1000))
+
+
+def through_helper(out):
+    st8(out, helper(1000))
 
 
 def constant_of(value):
@@ -127,8 +134,10 @@ def test_cache_keys():
     def key(fn=constant, machine=Cpu(1, 1), **constants):
         return cache.key(fn, machine, constants)
     assert key(VALUE=1, OTHER=2) == key(OTHER=2, VALUE=1)
-    keys = [key(), key(who), key(machine=Cpu(8, 4)), key(machine=Cpu(8, 8)), key(VALUE=1), key(VALUE=2), key(OTHER=1)]
+    keys = [key(), key(who), key(machine=Cpu(8, 4)), key(machine=Cpu(8, 8)), key(VALUE=1), key(VALUE=2),
+            key(through_helper, VALUE=1), key(through_helper, VALUE=2)]
     assert len(set(keys)) == len(keys)
+    assert key(OTHER=1) == key()                                 # what a function does not name cannot change it
     assert all(k.isidentifier() for k in keys)
 
 
@@ -158,6 +167,74 @@ def test_cache_keys_see_what_functions_refer_to(monkeypatch):
     assert len(set(keys)) == len(keys) and cache.key(add_1_again, Cpu(1, 1), {}) == keys[0]
     monkeypatch.setattr(sys.modules[__name__], "SCALE", 4)
     assert cache.key(scaled, Cpu(1, 1), {}) != keys[-1]
+
+
+KERNEL = """
+import {settings}
+from pyep.kernels.lang import st8
+
+
+def kernel(out):
+    st8(out, helper(1000))
+
+
+def helper(x):
+    return x + {settings}.VALUE
+"""
+
+
+def key_of_file(folder, text, **names):
+    """The key of the function `kernel` of a module whose source is in a folder; names: what its globals are besides."""
+    folder.mkdir()
+    (folder / "own.py").write_text(text)
+    module = dict(__name__="own", **names)
+    exec(compile(text, str(folder / "own.py"), "exec"), module)
+    return cache.key(module["kernel"], Cpu(1, 1), {})
+
+
+def test_cache_keys_do_not_tell_where_a_source_lies(tmp_path, monkeypatch):
+    """In which folder, and below which line; but what it says, and what it takes from other modules."""
+    settings = types.ModuleType("settings_of_a_test")
+    settings.VALUE = 1
+    monkeypatch.setitem(sys.modules, settings.__name__, settings)
+    text = KERNEL.format(settings=settings.__name__)
+    first = key_of_file(tmp_path / "one", text)
+    assert key_of_file(tmp_path / "two", text) == key_of_file(tmp_path / "three", "# moved\n\n" + text) == first
+    settings.VALUE = 2
+    keys = [first, key_of_file(tmp_path / "four", text), key_of_file(tmp_path / "five", text.replace("x +", "x -")),
+            key_of_file(tmp_path / "six", text.replace("1000", "1001"))]
+    assert len(set(keys)) == len(keys)
+
+
+def test_cache_keys_see_functions_of_numba():
+    def key(function):
+        st8_of = numba.njit(function)
+        return cache.key(lambda out: st8_of(out), Cpu(1, 1), {})
+    assert key(lambda x: x + 1) != key(lambda x: x + 2)
+
+
+SAME_KEYS = """
+import pyep
+from pyep.kernels import cache, op
+from pyep.kernels.low_latency_dispatch import dispatch
+print(pyep.__file__, cache.key(dispatch, op.Cpu(1, 1), dict(TOPK=8)), cache.key(dispatch, op.CUDA, dict(TOPK=8)))
+"""
+
+
+def test_a_copy_of_the_package_finds_what_another_has_compiled(tmp_path):
+    """As in a fresh checkout; but not once a kernel or the engine is another."""
+    def keys_of(place):
+        done = subprocess.run([sys.executable, "-c", SAME_KEYS], env=dict(os.environ, PYTHONPATH=str(place)), cwd=place,
+                              capture_output=True, text=True, check=True)
+        where, *keys = done.stdout.split()
+        assert pathlib.Path(where).parents[1] == place
+        return keys
+    here, there = pathlib.Path(__file__).resolve().parents[1], tmp_path / "checkout"
+    shutil.copytree(here / "pyep", there / "pyep", ignore=shutil.ignore_patterns("__pycache__"))
+    assert keys_of(there) == keys_of(here)
+    with open(there / "pyep" / "kernels" / "quantize.py", "a") as file:
+        file.write("# another\n")
+    assert not set(keys_of(there)) & set(keys_of(here))
 
 
 def test_cache_keys_see_how_ops_are_declared():

@@ -23,15 +23,14 @@ pytest.importorskip("numba_cuda")
 import test_lang  # noqa: E402
 import test_port  # noqa: E402
 from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib  # noqa: E402
+from launches import Notes, OnCpu, launches  # noqa: E402
 
 from pyep.kernels import cuda, lang  # noqa: E402
 from pyep.kernels.collectives import compiled as compiled_anew  # noqa: E402
 from pyep.kernels.collectives import has_collectives  # noqa: E402
-from pyep.kernels.cpu import CpuEngine  # noqa: E402
 from pyep.kernels.lang import ld4_nc_if, ld8_nc_if, ld8_relaxed_if, st8  # noqa: E402
 from pyep.kernels.op import Op, bind  # noqa: E402
 from pyep.layout import DATA, LowLatency  # noqa: E402
-from pyep.low_latency import make_plan  # noqa: E402
 
 try:
     for library in ("nvvm", "nvJitLink"):
@@ -69,29 +68,6 @@ COMPILED = {
 }
 
 
-class Launch(NamedTuple):
-    """What an engine is asked for."""
-
-    fn: object
-    blocks: int
-    threads: int
-    shared_bytes: int
-    overlap: bool
-    constants: dict
-
-    @property
-    def resident(self):
-        """Blocks that a multiprocessor must have room for: all of a grid run together, small ones beside the next kernel's."""
-        return max(-(-self.blocks // MULTIPROCESSORS), cuda.resident_blocks(self.threads))
-
-
-class Notes:
-    """An engine that compiles nothing: it notes its launches."""
-
-    def kernel(self, fn, blocks, threads, shared_bytes=0, overlap=False, **constants):
-        return Launch(fn, blocks, threads, shared_bytes, overlap, constants)
-
-
 class Gpu(Notes, cuda.CudaEngine):
     """The engine of a GPU that is not there."""
 
@@ -99,15 +75,9 @@ class Gpu(Notes, cuda.CudaEngine):
         self.index, self.cc, self.multiprocessors = 0, (9, 0), MULTIPROCESSORS
 
 
-class OnCpu(Notes, CpuEngine):
-    """The engine of the CPU."""
-
-
-def launches(engine, shape, index_bytes, ports=0):
-    """All launches of a shape: {"operation-phase": Launch}."""
-    plan = make_plan(engine, shape, index_bytes, 0, ports)
-    return {f"{operation}-{phase}": launch for operation in ("dispatch", "combine")
-            for phase, launch in getattr(plan, operation).items()}
+def resident(launch):
+    """Blocks that a multiprocessor must have room for: all of a grid run together, small ones beside the next kernel's."""
+    return max(-(-launch.blocks // MULTIPROCESSORS), cuda.resident_blocks(launch.threads))
 
 
 # ---- compiling and taking apart --------------------------------------------------------------------------------------
@@ -133,7 +103,7 @@ class Case(NamedTuple):
     shape: LowLatency
     operation: str
     phase: str
-    launch: Launch
+    launch: object                              # `launches.Launch`
 
     @property
     def roles(self):
@@ -291,9 +261,9 @@ def test_launches(shape, data, rank_major, weighted):
         senders, receivers = launch.constants["SENDERS"], launch.constants["RECEIVERS"]
         assert max(senders, receivers) <= launch.blocks <= senders + receivers
         assert (senders > 0, receivers > 0) == ("receive" not in which, "send" not in which)
-        assert launch.threads % WARP == 0 and launch.threads * launch.resident <= THREADS
+        assert launch.threads % WARP == 0 and launch.threads * resident(launch) <= THREADS
         assert 0 < launch.shared_bytes <= BLOCK_SHARED
-        assert launch.resident * (launch.shared_bytes + SYSTEM_SHARED) <= SHARED
+        assert resident(launch) * (launch.shared_bytes + SYSTEM_SHARED) <= SHARED
         assert launch.overlap
 
 
@@ -432,7 +402,7 @@ def test_no_stack_and_no_spills(case):
 @cases()
 def test_registers_of_resident_blocks_fit(case):
     """A multiprocessor gives each warp registers in units of 256."""
-    warps = case.launch.resident * case.launch.threads // WARP
+    warps = resident(case.launch) * case.launch.threads // WARP
     assert warps * -(-used(case.code.log) * WARP // 256) * 256 <= REGISTERS
 
 

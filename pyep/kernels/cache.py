@@ -13,7 +13,7 @@ import tempfile
 import threading
 import warnings
 from numbers import Number
-from types import FunctionType
+from types import CodeType, FunctionType, ModuleType
 
 PLAIN = Number, str, bytes, type(None)
 DIGEST = hashlib.sha256().digest_size           # bytes
@@ -112,12 +112,34 @@ def _sources():
     return digest.digest()
 
 
-def _meaning(value, seen):
-    """What a value that a kernel refers to contributes to its machine code, as bytes: the code of functions and whatever they refer
-    to in turn, since kernels may live outside of pyep too; the declarations of ops; plain values; nothing of modules and the like.
+@functools.cache
+def global_names(fn):
+    """The global names that a function and the plain functions that it calls use."""
+    names = fn.__code__.co_names
+    called = (fn.__globals__.get(name) for name in names)
+    return set(names).union(*(global_names(f) for f in called if isinstance(f, FunctionType)))
 
-    Code in marshal's version 2: later ones write how often an object is referred to, which differs between processes.
+
+@functools.cache
+def _instructions(code):
+    """A code object as bytes: all of it but where its source lies, which no machine code depends on.  So copies of a program share
+    what they have compiled, wherever they are.
+
+    In marshal's version 2: later ones write how often an object is referred to, which differs between processes.
     """
+    return marshal.dumps(_without_place(code), 2)
+
+
+def _without_place(code):
+    constants = tuple(_without_place(c) if isinstance(c, CodeType) else c for c in code.co_consts)
+    return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=constants)
+
+
+def _meaning(value, seen):
+    """What a value that a kernel refers to contributes to its machine code, as bytes: the code of functions (also of Numba's) and
+    whatever they refer to in turn, since kernels may live outside of pyep too; what they use of modules; the declarations of ops;
+    plain values; nothing of anything else."""
+    value = getattr(value, "py_func", value)
     if isinstance(value, FunctionType):
         if value in seen:
             return b""
@@ -125,7 +147,8 @@ def _meaning(value, seen):
         code, names = value.__code__, value.__globals__
         captured = tuple(cell.cell_contents for cell in value.__closure__ or ())
         used = tuple(names[name] for name in code.co_names if name in names)
-        return marshal.dumps(code, 2) + _meaning((value.__defaults__, captured, used), seen)
+        of_modules = tuple(vars(m)[name] for m in used if isinstance(m, ModuleType) for name in code.co_names if name in vars(m))
+        return _instructions(code) + _meaning((value.__defaults__, captured, used, of_modules), seen)
     if isinstance(value, tuple):
         return b"(%s)" % b",".join(_meaning(item, seen) for item in value)
     if hasattr(value, "declaration"):                            # an op
@@ -134,7 +157,9 @@ def _meaning(value, seen):
 
 
 def key(fn, machine, constants):
-    """The name of a compiled kernel: it changes with whatever the machine code depends on."""
+    """The name of a compiled kernel or helper: it changes with whatever the machine code depends on, and of the constants that is
+    those that the function, or one that it calls, names."""
     digest = hashlib.sha256(_sources() + _meaning(fn, set()))
-    digest.update(repr((fn.__module__, fn.__qualname__, machine, sorted(constants.items()))).encode())
+    used = sorted((name, constants[name]) for name in global_names(fn) & constants.keys())
+    digest.update(repr((fn.__module__, fn.__qualname__, machine, used)).encode())
     return f"{fn.__name__}_{digest.hexdigest()[:24]}"

@@ -162,10 +162,9 @@ def helper(fn, machine, constants):
     Its name tells all that its machine code depends on.  Code from the disk cache brings the symbols of its helpers along, and
     what has the same name must be the same thing in every process.
     """
-    used = {name: constants[name] for name in sorted(global_names(fn)) if name in constants}
-    name = cache.key(fn, machine, used)
+    name = cache.key(fn, machine, constants)
     if name not in HELPERS:
-        bound = bind(fn, machine, **used)
+        bound = bind(fn, machine, **constants)
         bound.__name__ = bound.__qualname__ = name
         HELPERS[name] = for_numba(bound, machine, fn in RARE)
     return HELPERS[name]
@@ -178,14 +177,6 @@ def for_numba(bound, machine, rare):
         return cuda.jit(device=True, forceinline=True)(bound)     # by NVVM: with `inline` Numba would do it, ten times slower
     # Without wrappers, which only Python would call: they take a quarter of the time to compile.
     return numba.njit(error_model="numpy", forceinline=not rare, no_cpython_wrapper=True, no_cfunc_wrapper=True)(bound)
-
-
-@functools.cache
-def global_names(fn):
-    """The global names that a function and the plain functions that it calls use."""
-    names = fn.__code__.co_names
-    called = (fn.__globals__.get(name) for name in names)
-    return set(names).union(*(global_names(f) for f in called if isinstance(f, FunctionType)))
 
 
 def bind(fn, machine, **constants):
