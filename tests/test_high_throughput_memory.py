@@ -3,10 +3,11 @@ import os
 import re
 
 import held_results
+import ml_dtypes
 import numpy as np
 import pytest
 import ranks
-from engine import make_high_throughput_buffer
+from engine import make_high_throughput_buffer, up
 from high_throughput_case import Case, assert_combined, assert_dispatched, combine, dispatch, run_round, up_x
 from held_results import HIDDEN, LOCAL, TOPK, Held
 from hypothesis import given, settings
@@ -166,6 +167,27 @@ def refuse_and_follow_handle(comm, case, operation):
     with make_high_throughput_buffer(comm, eval(call, dict(Buffer=Buffer))) as buf:
         operation(buf, made)
     return call
+
+
+def refused_and_called_again(comm):
+    """Rank 0 has no token, hears at once that the call is too large, and makes the next one while rank 1 still numbers its tokens."""
+    num_tokens = 2**19 if comm.rank else 0
+    x, in_rank = np.zeros((num_tokens, HIDDEN), ml_dtypes.bfloat16), np.zeros((num_tokens, 2), bool)
+    in_rank[:, 0] = True
+    per_rank, per_expert = np.array([num_tokens, 0], np.int32), np.zeros(2 * LOCAL, np.int32)
+    with make_high_throughput_buffer(comm, held_results.MEMORIES["hint"].nbytes(2), timeout_s=20) as buf:
+        x, in_rank, per_rank, per_expert = map(up, (x, in_rank, per_rank, per_expert))
+        for seed in range(4):
+            run_round(buf, case_of(seed, (3, 4), carried="nothing"))
+            comm.barrier()
+            with pytest.raises(EPBufferTooSmallError):
+                buf.dispatch(x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert)
+            run_round(buf, case_of(seed, (5, 2), carried="nothing"))
+
+
+def test_a_refused_dispatch_and_the_next():
+    """Counts of the next call do not overwrite those that a slow rank has not read."""
+    ranks.run(2, refused_and_called_again)
 
 
 def test_too_many_worst_tokens():
