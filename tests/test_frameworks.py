@@ -12,10 +12,10 @@ from test_deep_ep import HIDDEN, LOCAL_EXPERTS, TOKENS, TOPK, joined, part, rela
 torch = pytest.importorskip("torch")
 
 
-def made(num_ranks, tokens=TOKENS):
+def made(num_ranks, tokens=TOKENS, hidden=HIDDEN):
     """(x, topk_idx, topk_weights) of this rank; a token's x times its weights' sum is what experts that change nothing make of it."""
     device, num_experts = "cuda" if on_gpu() else "cpu", LOCAL_EXPERTS * num_ranks
-    x = torch.randn((tokens, HIDDEN), device=device).to(torch.bfloat16)
+    x = torch.randn((tokens, hidden), device=device).to(torch.bfloat16)
     topk_idx = torch.topk(torch.rand((tokens, num_experts), device=device), TOPK, dim=-1)[1]
     return x, topk_idx, torch.rand((tokens, TOPK), device=device)
 
@@ -226,7 +226,7 @@ def test_tensorrt_llm(tmp_path):
 
 # ---- Megatron-Core ---------------------------------------------------------------------------------------------------
 
-LAYERS, SEQUENCE = 8, 256               # a rank's tokens
+LAYERS, SEQUENCE, WIDTH = 8, 2048, 128  # a rank's tokens, H: more results than lie in the memory that `Buffers` computes
 
 
 class Buffers:
@@ -306,15 +306,16 @@ def layers(x, probs, topk_idx, scales, group, async_finish):
         recv_x, recv_idx, recv_probs, counts, handle = FusedDispatch.apply(x, topk_idx, probs, num_experts, group, async_finish)
         assert counts.tolist() == [(recv_idx == e).sum().item() for e in range(LOCAL_EXPERTS)]
         own = torch.where(recv_idx >= 0, scale[rank * LOCAL_EXPERTS:][recv_idx.clamp(min=0)] * recv_probs, 0)
-        y = (recv_x.float() * own.sum(dim=1, keepdim=True)).to(torch.bfloat16)
+        y = recv_x * own.sum(dim=1, keepdim=True).to(torch.bfloat16)           # autograd keeps recv_x
         x = x + FusedCombine.apply(y, group, handle, async_finish)
     return x
 
 
 def megatron(deep_ep, comm, group):
-    """All gradients against those of a dense layer; each layer keeps its results until the backward pass."""
+    """All gradients against those of dense layers.  Each layer keeps its results until the backward pass, the last ones as copies:
+    there is no more room for them where peers write."""
     deep_ep.Buffer.set_num_sms(20)
-    x, topk_idx, probs = made(group.size(), SEQUENCE)
+    x, topk_idx, probs = made(group.size(), SEQUENCE, WIDTH)
     probs = probs / probs.sum(dim=1, keepdim=True)
     scales = torch.linspace(0.1, 0.4, LAYERS * LOCAL_EXPERTS * group.size(), device=x.device).view(LAYERS, -1)
 
@@ -325,12 +326,15 @@ def megatron(deep_ep, comm, group):
     want_x, want_probs = x.float().requires_grad_(), probs.clone().requires_grad_()
     want = dense(want_x, want_probs)
     want.square().mean().backward()
+    copied = 0
     for async_finish in False, True:
         got_x, got_probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
         out = layers(got_x, got_probs, topk_idx, scales, group, async_finish)
+        assert copied < Buffers.buffer.copied_results < copied + LAYERS
         out.float().square().mean().backward()
         for got, wanted in (out, want), (got_x.grad, want_x.grad), (got_probs.grad, want_probs.grad):
             assert relative_difference(got, wanted) < 0.02
+        copied = Buffers.buffer.copied_results
     Buffers.buffer.destroy()
 
 

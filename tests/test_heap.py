@@ -54,7 +54,7 @@ def test_slabs(given_heap, steps):
         slab = heap.lend(wanted)
         assert (slab is None) == (max(wanted, 1) > largest)
         if slab is not None:
-            assert slab.offset % LINE == slab.nbytes % LINE == 0 and wanted <= slab.nbytes < max(wanted, 1) + LINE
+            assert slab.offset % LINE == slab.nbytes % LINE == 0 and max(wanted, 1) <= slab.nbytes < max(wanted, 1) + LINE
             assert heap.offset + heap.operations_room <= slab.offset and slab.offset + slab.nbytes <= heap.offset + heap.nbytes
             assert all(slab.offset + slab.nbytes <= s.offset or s.offset + s.nbytes <= slab.offset for s in held)
             held.append(slab)

@@ -7,6 +7,7 @@ import numpy as np
 from engine import choose_gpu, down, on_gpu
 
 import pyep
+from pyep.layout import control_bytes
 
 from .promises import RESULTS_IN_HEAP
 from .shapes import HT_MOST_TOKENS, low_latency_bytes
@@ -44,11 +45,15 @@ class World:
             kept.check()
 
     def end(self):
-        """Destroy all buffers; what they have lent out has come back once nobody holds it."""
+        """Destroy all buffers; what they have lent out has come back once nobody holds it, and what was sent was taken out again."""
         self.left.clear()
         self.destroyed.clear()
         for held in self.buffers:
             held.wait()
+            for sent in held.sent:
+                sent.hook()
+                sent.complete()
+            held.check_halves()
             held.forget()
             gc.collect()
             heap = held.buf._connection.heap
@@ -90,6 +95,12 @@ class Held:
         """For all operations with async_finish."""
         while self.running:
             self.running.pop(0).finish()
+
+    def check_halves(self):
+        """Nothing is on its way: both halves are as they were made ready, for the next operations to find no old words in them."""
+        memory = down(self.buf.symmetric_memory(np.uint8))[control_bytes(self.buf.group_size):]
+        for half in memory, memory[self.buf._connection.half_bytes:]:
+            assert (half[:self.buf._ready_bytes] == 0xFF).all(), "a half of the symmetric memory has words that nobody has taken"
 
     def forget(self):
         """Let go of all results."""
