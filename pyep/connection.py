@@ -53,6 +53,9 @@ class Connection:
         try:
             require_same_settings(self._bootstrap, dict(num_rdma_bytes=num_rdma_bytes, num_nvl_bytes=num_nvl_bytes), timeout_s,
                                   "arguments")
+            # All are here, so what all have destroyed can now go, before the next meeting.  MSCCL++ frees what it lent to a peer in the
+            # step in which the peer unmaps it; memory that is made at the same address cannot be mapped by one that is late.
+            parting.tidy()
             self.nodes = find_nodes(self._bootstrap, timeout_s)
             self.engine = choose_engine(device, self._bootstrap, timeout_s)
             self.streams = Streams(self.engine)
