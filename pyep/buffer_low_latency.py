@@ -59,8 +59,9 @@ class LowLatencyOperations:
         FP8: scales are fp32 [.., H/128] or, with use_ue8m0, int32 [.., H/512], each column contiguous.
         The results live until the second next dispatch of this mode (all of the above but T and M), whatever its M.
 
-        EPRoutingError: topk_idx names an expert too often, or on GPUs one that does not exist (on the CPU engine: ValueError).  There
-        the dispatch is void, all ranks get the error when they wait for it, and its results are garbage; the buffer stays usable.
+        EPRoutingError: topk_idx names an expert too often, or on GPUs one that does not exist (on the CPU engine: ValueError).
+        There the dispatch is void, all ranks get the error when they wait for it, and its results are garbage; the buffer stays
+        usable.
         """
         if async_finish or previous_event is not None:
             check_async(async_finish, return_recv_hook, previous_event)

@@ -53,8 +53,8 @@ class Connection:
         try:
             require_same_settings(self._bootstrap, dict(num_rdma_bytes=num_rdma_bytes, num_nvl_bytes=num_nvl_bytes), timeout_s,
                                   "arguments")
-            # All are here, so what all have destroyed can go now, before the next meeting.  MSCCL++ frees what a peer maps in the step
-            # in which that peer unmaps it; a peer that is late cannot map what is made at the same address.
+            # All are here, so what all have destroyed can go now, before the next meeting.  MSCCL++ frees what a peer maps in the
+            # step in which that peer unmaps it; a peer that is late cannot map what is made at the same address.
             parting.tidy()
             self.nodes = find_nodes(self._bootstrap, timeout_s)
             self.engine = choose_engine(device, self._bootstrap, timeout_s)

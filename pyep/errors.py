@@ -2,8 +2,8 @@
 
 
 class EPError(RuntimeError):
-    """Base of all errors below.  After one that came out of a running operation, a `Buffer` can only be destroyed, unless the message
-    says that it stays usable."""
+    """Base of all errors below.  After one that came out of a running operation, a `Buffer` can only be destroyed, unless the
+    message says that it stays usable."""
 
 
 class EPTimeoutError(EPError):
@@ -11,9 +11,11 @@ class EPTimeoutError(EPError):
 
 
 class EPRoutingError(EPError, ValueError):
-    """Indices of experts that do not exist, or that select an expert more often than it has room for.  Where the host has seen it,
-    on the CPU engine, nothing was launched and the buffer stays usable; it stays so too after a low-latency dispatch of which kernels
-    have seen it: all ranks have run that to its end, and raise this."""
+    """Indices of experts that do not exist, or that select an expert more often than it has room for.
+
+    Where the host has seen it, on the CPU engine, nothing was launched and the buffer stays usable.  It stays so too where kernels
+    have seen it of a low-latency dispatch: all ranks have run that to its end, and all raise this.
+    """
 
 
 class EPBufferTooSmallError(EPError):

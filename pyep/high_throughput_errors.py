@@ -34,8 +34,8 @@ def too_small(given, shape, num_rows, received, sent):
     other_bytes = f", hidden_bytes={dispatched}" if shape.operation == DISPATCH and dispatched != 2 * shape.hidden else ""
     return EPBufferTooSmallError(
         f"num_nvl_bytes is {given}, of which {layout.operations_room(given)} are for an operation while it runs, but this "
-        f"{shape.operation} needs {rows.nbytes(num_rows)} bytes, for {num_rows} rows on a rank. Make the Buffer with the bytes that "
-        f"Buffer.get_high_throughput_size_hint({tokens}, {shape.hidden}, {num_ranks}, {shape.num_topk}{other_bytes}) computes")
+        f"{shape.operation} needs {rows.nbytes(num_rows)} bytes, for {num_rows} rows on a rank. Make the Buffer with the bytes "
+        f"that Buffer.get_high_throughput_size_hint({tokens}, {shape.hidden}, {num_ranks}, {shape.num_topk}{other_bytes}) computes")
 
 
 def error_from(record, rank, shapes, half_bytes, num_ranks, timeout_s):

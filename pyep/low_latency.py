@@ -238,8 +238,8 @@ def void_error(source, epoch, reason, rank, shapes):
     what, token, expert = reason >> 56, reason >> 32 & 0xFFFFFF, (reason + (1 << 31) & 0xFFFFFFFF) - (1 << 31)
     experts, most = shapes[DISPATCH].num_experts, shapes[DISPATCH].max_tokens
     wrong = {void.BAD_EXPERT: f"names expert {expert} for token {token}; there are {experts} experts",
-             void.NO_ROOM: f"selects expert {expert} more than num_max_dispatch_tokens_per_rank = {most} times: some tokens name an "
-                           "expert more than once"}
+             void.NO_ROOM: f"selects expert {expert} more than num_max_dispatch_tokens_per_rank = {most} times: some tokens name "
+                           "an expert more than once"}
     unknown = f"names an expert beyond the {experts}, or one more often than {most} times; its own error says which"
     return EPRoutingError(f"topk_idx of rank {source} {wrong.get(what, unknown) if source == rank else unknown}. The dispatch of "
                           f"epoch {epoch} is void on all ranks; the buffer stays usable")

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 
 def made(num_ranks, tokens=TOKENS, hidden=HIDDEN):
-    """(x, topk_idx, topk_weights) of this rank; a token's x times its weights' sum is what experts that change nothing make of it."""
+    """(x, topk_idx, topk_weights) of this rank; experts that change nothing make of a token its x times its weights' sum."""
     device, num_experts = "cuda" if on_gpu() else "cpu", LOCAL_EXPERTS * num_ranks
     x = torch.randn((tokens, hidden), device=device).to(torch.bfloat16)
     topk_idx = torch.topk(torch.rand((tokens, num_experts), device=device), TOPK, dim=-1)[1]
@@ -158,7 +158,8 @@ def sglang_low_latency(buffer, return_recv_hook, tokens):
     recv_x, _, handle, event, hook = buffer.low_latency_dispatch(x, topk_idx, TOKENS, LOCAL_EXPERTS * buffer.group_size,
                                                                  use_fp8=False, **last)
     hook() if return_recv_hook else event.current_stream_wait()
-    combined, event, hook = buffer.low_latency_combine(x=recv_x, topk_idx=topk_idx, topk_weights=topk_weights, handle=handle, **last)
+    combined, event, hook = buffer.low_latency_combine(x=recv_x, topk_idx=topk_idx, topk_weights=topk_weights, handle=handle,
+                                                       **last)
     hook() if return_recv_hook else event.current_stream_wait()
     assert_weighted(combined, x, topk_weights)
 
@@ -272,7 +273,8 @@ class FusedDispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x, grad_idx, grad_probs, grad_counts, grad_handle):
         grad_x, grad_probs, event = Buffers.of(ctx.group, grad_x).combine(
-            grad_x.contiguous(), ctx.handle, topk_weights=grad_probs.float(), previous_event=now(ctx.run["async_finish"]), **ctx.run)
+            grad_x.contiguous(), ctx.handle, topk_weights=grad_probs.float(), previous_event=now(ctx.run["async_finish"]),
+            **ctx.run)
         if ctx.run["async_finish"]:
             event.current_stream_wait()
         return grad_x, None, grad_probs, None, None, None

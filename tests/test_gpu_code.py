@@ -246,8 +246,8 @@ def test_every_kernel_file_is_known():
     assert files - tools == {"low_latency", "low_latency_announce", "low_latency_boxes", "low_latency_combine",
                              "low_latency_dispatch", "low_latency_escapes", "low_latency_listing", "low_latency_reduce",
                              "low_latency_ship", "low_latency_slots", "low_latency_sums", "low_latency_units",
-                             "low_latency_unpack", "low_latency_void", "quantize", "intranode", "intranode_layout", "intranode_notify",
-                             "intranode_dispatch", "intranode_combine"}
+                             "low_latency_unpack", "low_latency_void", "quantize", "intranode", "intranode_layout",
+                             "intranode_notify", "intranode_dispatch", "intranode_combine"}
 
 
 @pytest.mark.parametrize("shape", [DEPLOYED, SHAPES["large"][0]], ids=["deployed", "large"])

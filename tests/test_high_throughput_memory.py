@@ -170,7 +170,8 @@ def refuse_and_follow_handle(comm, case, operation):
 
 
 def refused_and_called_again(comm):
-    """Rank 0 has no token, hears at once that the call is too large, and makes the next one while rank 1 still numbers its tokens."""
+    """Rank 0 has no token, hears at once that the call is too large, and makes the next one while rank 1 still numbers its
+    tokens."""
     num_tokens = 2**19 if comm.rank else 0
     x, in_rank = np.zeros((num_tokens, HIDDEN), ml_dtypes.bfloat16), np.zeros((num_tokens, 2), bool)
     in_rank[:, 0] = True

@@ -24,8 +24,8 @@ LAST_EPOCH = 0xFFFFFFFE                         # epochs run 1..LAST_EPOCH and s
 HOST_WORDS = 16 + 2047                          # that kernels write for the host beside RECORD; 2047: layout.MAX_LOCAL_EXPERTS
 LONG_NS = 50_000                                # how long a thread waits before it sleeps between looks (on the CPU)
 RECORD = ("state", "wait", "peer", "offset", "expected", "seen", "epoch")      # the words of the status block, and behind them:
-VOID_OPERATION = len(RECORD)                    # epoch << 32 | rank + 1, of an operation that all have run and nobody may use: which
-#                                                 rank has told so; 0: none
+VOID_OPERATION = len(RECORD)                    # epoch << 32 | rank + 1, of an operation that all have run and nobody may use, and
+#                                                 the rank that has told so; 0: none
 VOID_REASON = VOID_OPERATION + 1                # why, where it was this rank
 STATUS_WORDS = VOID_REASON + 1
 

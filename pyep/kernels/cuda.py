@@ -1,7 +1,7 @@
 """Kernels on an NVIDIA GPU: numba-cuda writes PTX, nvJitLink makes machine code of it, the driver launches it.
 
 `ptx` and `cubin` need no GPU.  Numba's own dispatcher is not used: it costs tens of microseconds a launch.  Nor is `cuda.core`'s
-`launch`: with 20 arguments and a cooperative grid it takes 7.4 us on the machine with an H200 where the driver's own call takes 3.7.
+`launch`: with 20 arguments and a cooperative grid it takes 7.4 us on a machine with an H200, the driver's own call 3.7.
 """
 import contextlib
 import ctypes

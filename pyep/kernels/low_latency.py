@@ -32,8 +32,8 @@ NEIGHBOURS = 1                                  # warps of a block that take sli
 PER_LANE = 1                                    # 16-byte pieces of a row that a lane moves for its warp in a combine
 EPOCH = CONSUMED = STATUS = FAILED = PEERS = COUNTS = COUNTS_STRIDE = CONTROL_BYTES = MAX_BLOCKS = LINE = 0    # see pyep.layout
 
-# The word that tells that an operation has begun: COMBINE, if it is one; VOID, see `low_latency_void`; `shape_bits`; how many tokens
-# a dispatch sends.
+# The word that tells that an operation has begun: COMBINE, if it is one; VOID, see `low_latency_void`; `shape_bits`; how many
+# tokens a dispatch sends.
 COMBINE, VOID, TOKENS = 1 << 31, 1 << 30, 0xFFFF
 
 # What a wait waits for; pyep.low_latency puts them in words.

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 from engine import up
-from high_throughput_case import (Case, assert_combined, assert_dispatched, assert_layout, combine_inputs, dispatch, dispatch_inputs,
-                                  floats, rows_of_bf16, up_x)
+from high_throughput_case import (Case, assert_combined, assert_dispatched, assert_layout, combine_inputs, dispatch,
+                                  dispatch_inputs, floats, rows_of_bf16, up_x)
 
 from pyep import EPBufferTooSmallError
 

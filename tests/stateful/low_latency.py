@@ -139,7 +139,8 @@ class Void(Operation):
         return held.may_send
 
     def __str__(self):
-        return f"{self.name}void low_latency_dispatch, expert {self.expert} of rank {self.rank}{words_of(self.case, 'hook' * self.hook)}"
+        words = words_of(self.case, "hook" * self.hook)
+        return f"{self.name}void low_latency_dispatch, expert {self.expert} of rank {self.rank}{words}"
 
     def run(self):
         case, held, made = self.case, self.held, self.case.make()

@@ -45,7 +45,7 @@ class World:
             kept.check()
 
     def end(self):
-        """Destroy all buffers; what they have lent out has come back once nobody holds it, and what was sent was taken out again."""
+        """Destroy all buffers; what they have lent out has come back once nobody holds it, and all that was sent was taken out."""
         self.left.clear()
         self.destroyed.clear()
         for held in self.buffers:
