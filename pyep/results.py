@@ -60,7 +60,7 @@ class Results:
         self.dispatches = 0
         self._library, self._ports = library, ports
         self._max_tokens, self._sets, self._selected = 0, [], []
-        self._turns = {}                                         # by M: see `next`
+        self._turns, self._views = [], {}                        # of the largest M, and by M: see `next`
         self._combine_input = None                               # what `combine_input` returns the beginning of
         self._captured, self._kept = False, []                   # graphs were captured; arrays that they use
 
@@ -74,15 +74,16 @@ class Results:
         specs = _arrays(shape, self._ports)
         self._sets = [[spec and self._allocate(*spec) for spec in specs] for _ in range(2)]
         self._selected = [self._allocate(*_selected(shape)) for _ in range(3)]
-        self._max_tokens, self._turns = shape.max_tokens, {}
+        self._turns = self._turns_for(shape)
+        self._max_tokens, self._views = shape.max_tokens, {shape.max_tokens: self._turns}
 
     def next(self, shape):
         """The arrays for the next dispatch, and their addresses, 0 for None."""
-        turns = self._turns.get(shape.max_tokens)
+        turns = self._views.get(shape.max_tokens)
         if turns is None:
-            if len(self._turns) >= MOST_SIZES:
-                self._turns.clear()
-            turns = self._turns[shape.max_tokens] = self._turns_for(shape)
+            if len(self._views) >= MOST_SIZES:
+                self._views = {self._max_tokens: self._turns}
+            turns = self._views[shape.max_tokens] = self._turns_for(shape)
         turn, library = self.dispatches % 6, self._library
         received, addresses = turns[turn]
         if library.has_history(received.recv_x, received.scales, received.weight_of):

@@ -244,7 +244,7 @@ def counting_kernels(buf):
 def another_max_each_round(comm, mode):
     """What the kernels cost, then what is kept for results in all, and for M = 8 alone."""
     def nbytes(results):
-        return sum(sum(a.nbytes for a in received if a is not None) for received, _ in results._turns[8][:2])
+        return sum(sum(a.nbytes for a in received if a is not None) for received, _ in results._turns[:2])
     with make_buffer(comm, 8, 64, 4 * comm.size, 3) as buf, counting_kernels(buf) as made:
         for seed, max_tokens in enumerate((5, 3, 8, 1, 7, 2, 8)):
             tokens = tuple((seed + 3 * r) % (max_tokens + 1) for r in range(comm.size))
