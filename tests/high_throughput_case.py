@@ -4,6 +4,7 @@ Every rank makes the inputs of all ranks from one seed, so that each can ask the
 """
 import dataclasses
 import functools
+import gc
 
 import ml_dtypes
 import numpy as np
@@ -202,6 +203,14 @@ def combine_inputs(made, me):
 def combine(buf, made, handle, **options):
     """This rank's part of the combine of a case."""
     return buf.combine(handle=handle, **combine_inputs(made, buf.rank) | options)
+
+
+def assert_all_is_back(buf):
+    """Nobody holds a result: the results' room is free, in one piece."""
+    gc.collect()
+    heap = buf._connection.heap
+    room = heap.nbytes - heap.operations_room
+    assert heap.lend(room) is not None, f"nothing is held, but the {room} bytes of the results' room are not all free"
 
 
 def assert_bits(got, want, what):

@@ -1,10 +1,10 @@
 """What is held between the operations: buffers, and of each the results, handles, hooks and events."""
-import gc
 import hashlib
 import itertools
 
 import numpy as np
 from engine import choose_gpu, down, on_gpu
+from high_throughput_case import assert_all_is_back
 
 import pyep
 from pyep.layout import control_bytes
@@ -55,10 +55,7 @@ class World:
                 sent.complete()
             held.check_halves()
             held.forget()
-            gc.collect()
-            heap = held.buf._connection.heap
-            room = heap.nbytes - heap.operations_room
-            assert heap.lend(room) is not None, f"nothing is held, but the {room} bytes of the results' room are not all free"
+            assert_all_is_back(held.buf)
             held.buf.destroy()
 
 
